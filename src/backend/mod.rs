@@ -1,0 +1,282 @@
+//! What a model needs of the device that computes it: about a dozen fused operations on preallocated buffers.
+//!
+//! Shapes: `rows` are the tokens of the step. A tensor is `[max_rows, cols]`, row-major, and its first `rows` rows are
+//! live. Weights are `[out, in]` as on disk. The CPU backend ([`cpu`]) is the oracle of the others.
+
+pub mod cpu;
+
+use std::time::Duration;
+
+use crate::cache::Layout;
+use crate::checkpoint::Slice;
+use crate::config::{Moe, Rope};
+use crate::error::Result;
+
+/// The tokens of one step, the same on every rank. Rows of one sequence are consecutive.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Token ids, `[rows]`.
+    pub tokens: Vec<u32>,
+    /// Position of each token in its sequence, `[rows]`.
+    pub positions: Vec<u32>,
+    /// The sequences, in row order.
+    pub spans: Vec<Span>,
+    /// Rows whose logits are wanted, ascending.
+    pub outputs: Vec<u32>,
+}
+
+/// A sequence's part of a [`Batch`]. Its rows are at positions `context - rows .. context`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Span {
+    /// First row of the batch.
+    pub first: usize,
+    /// Rows of the batch (1 in decode, a chunk in prefill).
+    pub rows: usize,
+    /// Tokens in the cache once this step's are appended.
+    pub context: usize,
+    /// The sequence's block table; block `i` holds positions `i·BLOCK .. (i+1)·BLOCK`.
+    pub blocks: Vec<u32>,
+}
+
+impl Batch {
+    /// Tokens in this step.
+    pub fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+}
+
+/// Some columns of a tensor.
+#[derive(Debug)]
+pub struct View<'a, T> {
+    /// The tensor.
+    pub tensor: &'a T,
+    /// First column.
+    pub first: usize,
+    /// Columns.
+    pub width: usize,
+}
+
+impl<'a, T> View<'a, T> {
+    /// Columns `first .. first + width` of `tensor`.
+    pub fn new(tensor: &'a T, first: usize, width: usize) -> Self {
+        View { tensor, first, width }
+    }
+}
+
+impl<T> Clone for View<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for View<'_, T> {}
+
+/// How the reduction of a product is split over the ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reduction {
+    /// Every rank has the whole input: nothing is summed over ranks.
+    Whole,
+    /// The input's columns are split over the ranks: the result is this rank's partial sum.
+    Split,
+}
+
+/// The gated experts of one layer, this rank's columns.
+pub struct ExpertSlices<'a> {
+    /// Per expert: gate and up, `[2·width_local, hidden]`, gate rows first.
+    pub gate_up: Vec<Vec<Slice<'a>>>,
+    /// Per expert: down, `[hidden, width_local]`.
+    pub down: Vec<Vec<Slice<'a>>>,
+}
+
+/// Dimensions that attention is specialised to, on this rank.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads on this rank.
+    pub heads: usize,
+    /// Groups on this rank (those the heads belong to).
+    pub groups: usize,
+    /// Heads of this rank's first group that other ranks have (0 unless the absorb path splits a group).
+    pub first_head_in_group: usize,
+    /// Heads a group in the whole model.
+    pub heads_per_group: usize,
+    /// d_n (Llama: the head).
+    pub nope: usize,
+    /// d_r of the shared rope key (Llama: 0).
+    pub rope: usize,
+    /// d_v.
+    pub value: usize,
+    /// d_c (Llama: 0).
+    pub latent: usize,
+    /// Multiplies the logits before softmax.
+    pub scale: f32,
+}
+
+impl AttentionShape {
+    /// The local group of local head `j`.
+    pub fn group_of(&self, j: usize) -> usize {
+        (self.first_head_in_group + j) / self.heads_per_group
+    }
+}
+
+/// A device and its operations, for one rank. Every `&mut` tensor is written in its first `rows` rows of the current
+/// batch ([`begin`](Backend::begin)).
+pub trait Backend: Send + Sized {
+    /// `[max_rows, cols]` activations: f32 on CPUs, bf16 on GPUs.
+    type Tensor: Send;
+    /// A weight matrix `[out, in]`.
+    type Matrix: Send;
+    /// A small f32 vector: norm weights, biases.
+    type Vector: Send;
+    /// One layer's paged cache.
+    type Cache: Send;
+    /// Experts of one layer.
+    type Experts: Send;
+    /// Chosen experts and their weights, `[max_rows, top_k]`.
+    type Routing: Send;
+    /// Tables of cos and sin.
+    type RopeTable: Send;
+
+    // Loading.
+
+    /// Zeroed activations for `rows` tokens.
+    fn tensor(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;
+    /// The rows of `parts`, one under the other, `[Σ out, in]`.
+    fn matrix(&self, parts: &[Slice], reduction: Reduction) -> Result<Self::Matrix>;
+    /// A vector from host memory.
+    fn vector(&self, data: &[f32]) -> Result<Self::Vector>;
+    /// An empty cache of `blocks` blocks.
+    fn cache(&self, layout: Layout, blocks: usize) -> Result<Self::Cache>;
+    /// Bytes a cache really takes.
+    fn cache_bytes(&self, cache: &Self::Cache) -> usize;
+    /// Experts in the device's form.
+    fn experts(&self, slices: &ExpertSlices, moe: &Moe) -> Result<Self::Experts>;
+    /// Room for the routing of `rows` tokens.
+    fn routing(&self, rows: usize, moe: &Moe) -> Result<Self::Routing>;
+    /// cos and sin of `positions` positions for the pairs' frequencies `inv_freq` `[dim/2]`, multiplied by `magnitude`.
+    fn rope_table(&self, rope: &Rope, inv_freq: &[f64], magnitude: f64, positions: usize) -> Result<Self::RopeTable>;
+
+    // A step.
+
+    /// Takes the step's tokens, positions and block tables; everything until the next `begin` is about them.
+    fn begin(&mut self, batch: &Batch) -> Result<()>;
+    /// `out[r] = table[token - first]` where this rank has the row, else 0: a partial sum over the ranks. `[rows, hidden]`
+    fn embed(&self, table: &Self::Matrix, first: usize, out: &mut Self::Tensor) -> Result<()>;
+    /// `out = rmsnorm(x)·weight`. `[rows, hidden]`
+    fn norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32, out: &mut Self::Tensor) -> Result<()>;
+    /// Sums `x` over the ranks.
+    fn all_reduce(&mut self, x: &mut Self::Tensor) -> Result<()>;
+    /// Sums `partial` over the ranks, adds it to the residual `x`, and norms: `x += Σ partial; out = rmsnorm(x)·weight`.
+    fn all_reduce_add_norm(
+        &mut self,
+        partial: &mut Self::Tensor,
+        x: &mut Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// `out = x·weightᵀ (+ bias)`. `[rows, out]`
+    fn linear(
+        &self,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        x: View<Self::Tensor>,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// `out = rmsnorm(x)·weight` of some columns (a latent). `[rows, x.width]`
+    fn norm_columns(
+        &self,
+        x: View<Self::Tensor>,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// GQA path. Rotates queries into `q_out` and appends keys, values and the rope key to the cache.
+    /// `q` `[rows, heads·(nope+rope)]`; `kv` `[rows, groups·(nope+value)]`, group-major, K then V; `k_rope` `[rows, rope]`.
+    /// Without a shared rope key (`k_rope` is `None`) the whole of each query and key turns.
+    fn rope_append_grouped(
+        &self,
+        shape: &AttentionShape,
+        rope: &Self::RopeTable,
+        q: View<Self::Tensor>,
+        kv: View<Self::Tensor>,
+        k_rope: Option<View<Self::Tensor>>,
+        q_out: &mut Self::Tensor,
+        cache: &mut Self::Cache,
+    ) -> Result<()>;
+    /// Absorb path. Rotates queries into `q_out` and appends the latent `[rows, latent]` and the rope key to the cache.
+    fn rope_append_latent(
+        &self,
+        shape: &AttentionShape,
+        rope: &Self::RopeTable,
+        q: View<Self::Tensor>,
+        latent: View<Self::Tensor>,
+        k_rope: View<Self::Tensor>,
+        q_out: &mut Self::Tensor,
+        cache: &mut Self::Cache,
+    ) -> Result<()>;
+    /// Causal attention over the cached groups. `q` `[rows, heads·(nope+rope)]` → `out` `[rows, heads·value]`
+    fn attend_grouped(
+        &self,
+        shape: &AttentionShape,
+        q: &Self::Tensor,
+        cache: &Self::Cache,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// `q_n ↦ W_UKᵀ q_n`, batched over groups: `q` `[rows, heads·(nope+rope)]` → `out` `[rows, heads·(latent+rope)]`,
+    /// the rope parts copied. `kv_up` is kv_b's rows of the rank's groups, `[groups·(nope+value), latent]`.
+    fn absorb_query(
+        &self,
+        shape: &AttentionShape,
+        kv_up: &Self::Matrix,
+        q: &Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// Causal attention over the cached latents. `q` `[rows, heads·(latent+rope)]` → `out` `[rows, heads·latent]`
+    fn attend_latent(
+        &self,
+        shape: &AttentionShape,
+        q: &Self::Tensor,
+        cache: &Self::Cache,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// `o ↦ W_UV o`, batched over groups: `latent` `[rows, heads·latent]` → `out` `[rows, heads·value]`.
+    fn absorb_output(
+        &self,
+        shape: &AttentionShape,
+        kv_up: &Self::Matrix,
+        latent: &Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// `out = silu(gate)·up`: `gate_up` `[rows, 2·width]`, gate first → `out` `[rows, width]`
+    fn silu_mul(&self, gate_up: &Self::Tensor, width: usize, out: &mut Self::Tensor) -> Result<()>;
+    /// Scores every expert in f32 and chooses. `x` `[rows, hidden]`, `gate` `[experts, hidden]`, `bias` `[experts]`.
+    fn route(
+        &self,
+        moe: &Moe,
+        gate: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        x: &Self::Tensor,
+        routing: &mut Self::Routing,
+    ) -> Result<()>;
+    /// `out = Σ_k w_k·down_e(silu(gate_e x)·up_e x)` over the chosen experts, plus the shared one (the last of
+    /// `experts`, unscaled) where the model has it: this rank's partial sum. `[rows, hidden]`
+    fn moe(
+        &mut self,
+        experts: &Self::Experts,
+        routing: &Self::Routing,
+        x: &Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// The rows of `x` that the batch wants logits of. `[outputs, hidden]`
+    fn select_outputs(&self, x: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
+    /// This rank's logits of the selected rows, f32 on the host: `[outputs, vocab_local]`.
+    fn head(&mut self, head: &Self::Matrix, x: &Self::Tensor, logits: &mut Vec<f32>) -> Result<()>;
+    /// For each selected row, the largest of this rank's logits and its local index, ties to the lower.
+    fn head_argmax(&mut self, head: &Self::Matrix, x: &Self::Tensor, best: &mut Vec<(f32, u32)>) -> Result<()>;
+
+    /// Copies the first `rows` rows to the host as f32 (tests, hidden states).
+    fn read(&self, x: &Self::Tensor, rows: usize) -> Result<Vec<f32>>;
+    /// Time spent waiting in all-reduces since the last call.
+    fn reduce_time(&mut self) -> Duration;
+    /// The communicator that the control plane also uses.
+    fn comm(&mut self) -> &mut dyn crate::comm::Communicator;
+}

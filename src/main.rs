@@ -1,0 +1,2 @@
+//! The `gqla` command.
+fn main() {}
