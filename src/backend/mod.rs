@@ -164,10 +164,12 @@ pub trait Backend: Send + Sized {
     fn norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32, out: &mut Self::Tensor) -> Result<()>;
     /// Sums `x` over the ranks.
     fn all_reduce(&mut self, x: &mut Self::Tensor) -> Result<()>;
-    /// Sums `partial` over the ranks, adds it to the residual `x`, and norms: `x += Σ partial; out = rmsnorm(x)·weight`.
+    /// Sums `partial` over the ranks, adds it and the bias to the residual `x`, and norms:
+    /// `x += Σ partial (+ bias); out = rmsnorm(x)·weight`.
     fn all_reduce_add_norm(
         &mut self,
         partial: &mut Self::Tensor,
+        bias: Option<&Self::Vector>,
         x: &mut Self::Tensor,
         weight: &Self::Vector,
         eps: f32,

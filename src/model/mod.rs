@@ -1,2 +1,322 @@
-//! The model.
+//! One model for every architecture: they differ in their projections and in what the cache holds.
+//!
+//! [`Model::forward`] is the whole step, and [`Model::layer`] one layer, top to bottom, its collectives in sight.
+
+pub mod rope;
 pub mod shard;
+pub mod weights;
+
+use crate::backend::{AttentionShape, Backend, Batch, View};
+use crate::cache::Layout;
+use crate::checkpoint::Checkpoint;
+use crate::config::{Attention, ModelConfig};
+use crate::error::Result;
+use shard::{Owned, Path};
+use weights::{AttentionWeights, Layer, Loader, MlpWeights};
+
+/// Told after each part of the weights has been read: parts done, parts in all.
+pub type Progress<'a> = &'a dyn Fn(usize, usize);
+
+/// One rank's weights, caches and activations.
+pub struct Model<B: Backend> {
+    /// The configuration.
+    pub config: ModelConfig,
+    /// What this rank owns.
+    pub owned: Owned,
+    /// What the cache holds for a token in a layer.
+    pub layout: Layout,
+    shape: AttentionShape,
+    embedding: B::Matrix,
+    head: Option<B::Matrix>,
+    final_norm: B::Vector,
+    layers: Vec<Layer<B>>,
+    /// One table for all layers, or one a layer where the checkpoint stores frequencies.
+    ropes: Vec<B::RopeTable>,
+    caches: Vec<B::Cache>,
+    act: Activations<B>,
+}
+
+/// Preallocated activations of a step, `[max_rows, …]`.
+struct Activations<B: Backend> {
+    /// Residual stream. `[hidden]`
+    x: B::Tensor,
+    /// Normed input of the present half-layer. `[hidden]`
+    h: B::Tensor,
+    /// Output of a half-layer before its all-reduce. `[hidden]`
+    partial: B::Tensor,
+    /// Projections from the hidden state. `[q_rank + d_c + d_r]`, or as [`weights::AttentionWeights`] says
+    down: B::Tensor,
+    /// Normed query latent. `[q_rank]`
+    q_latent: B::Tensor,
+    /// Normed latent. `[d_c]`
+    latent: B::Tensor,
+    /// Queries before rope. `[heads_local·(d_n+d_r)]`
+    q: B::Tensor,
+    /// Queries after rope. `[heads_local·(d_n+d_r)]`
+    q_turned: B::Tensor,
+    /// Keys and values of the GQA path. `[groups_local·(d_n+d_v)]`
+    kv: B::Tensor,
+    /// Absorbed queries. `[heads_local·(d_c+d_r)]`
+    q_absorbed: B::Tensor,
+    /// Attention's output in the latent. `[heads_local·d_c]`
+    o_latent: B::Tensor,
+    /// Attention's output. `[heads_local·d_v]`
+    o: B::Tensor,
+    /// Gate and up of a dense MLP. `[2·width_local]`
+    gate_up: B::Tensor,
+    /// Their product. `[width_local]`
+    gated: B::Tensor,
+    /// Chosen experts.
+    routing: Option<B::Routing>,
+    /// Hidden states whose logits are wanted. `[hidden]`
+    selected: B::Tensor,
+}
+
+impl<B: Backend> Model<B> {
+    /// Reads this rank's weights and allocates caches of `blocks` blocks and activations for `max_rows` tokens a step
+    /// and positions up to `max_context`.
+    pub fn load(
+        backend: &B,
+        checkpoint: &Checkpoint,
+        config: &ModelConfig,
+        owned: &Owned,
+        blocks: usize,
+        max_rows: usize,
+        max_context: usize,
+        progress: Progress,
+    ) -> Result<Model<B>> {
+        let loader = Loader { backend, checkpoint, model: config, owned };
+        let parts = config.layers + 2;
+        let embedding = loader.embedding()?;
+        let head = loader.head()?;
+        let final_norm = loader.vector("model.norm.weight", config.hidden)?;
+        progress(1, parts);
+        let mut layers = Vec::with_capacity(config.layers);
+        for i in 0..config.layers {
+            layers.push(loader.layer(i)?);
+            progress(i + 2, parts);
+        }
+        weights::refuse_unclaimed(checkpoint, config)?;
+        let layout = Layout::of(config, owned);
+        let caches = (0..config.layers).map(|_| backend.cache(layout, blocks)).collect::<Result<_>>()?;
+        let shared = rope::frequencies(&config.rope, config.rope_dim());
+        let table = |inv_freq: &[f64]| backend.rope_table(&config.rope, inv_freq, shared.magnitude, max_context);
+        let ropes = if layers.iter().any(|l| l.inv_freq.is_some()) {
+            layers.iter().map(|l| table(l.inv_freq.as_deref().unwrap_or(&shared.inv_freq))).collect::<Result<_>>()?
+        } else {
+            vec![table(&shared.inv_freq)?]
+        };
+        let shape = attention_shape(config, owned);
+        let act = Activations::new(backend, config, owned, &shape, max_rows)?;
+        progress(parts, parts);
+        Ok(Model {
+            config: config.clone(),
+            owned: owned.clone(),
+            layout,
+            shape,
+            embedding,
+            head,
+            final_norm,
+            layers,
+            ropes,
+            caches,
+            act,
+        })
+    }
+
+    /// Runs one step: embed, layers, last norm. Afterwards the batch's wanted rows are selected for the head.
+    pub fn forward(&mut self, b: &mut B, batch: &Batch) -> Result<()> {
+        b.begin(batch)?;
+        self.embed(b)?;
+        for i in 0..self.layers.len() {
+            self.layer(b, i)?;
+        }
+        b.select_outputs(&self.act.h, &mut self.act.selected)
+    }
+
+    /// The residual stream's beginning: embeddings, summed over the ranks' vocabulary rows, and the first norm.
+    pub fn embed(&mut self, b: &mut B) -> Result<()> {
+        let a = &mut self.act;
+        b.embed(&self.embedding, self.owned.vocab.start, &mut a.x)?;
+        b.all_reduce(&mut a.x)?;
+        b.norm(&a.x, &self.layers[0].input_norm, self.config.norm_eps, &mut a.h)
+    }
+
+    /// Layer `i`: its normed input is in `h` and so is the next layer's when it returns.
+    pub fn layer(&mut self, b: &mut B, i: usize) -> Result<()> {
+        self.attention(b, i)?;
+        let next_norm = self.layers.get(i + 1).map_or(&self.final_norm, |l| &l.input_norm);
+        let (layer, a, eps) = (&self.layers[i], &mut self.act, self.config.norm_eps);
+        let bias = layer.output_bias.as_ref();
+        b.all_reduce_add_norm(&mut a.partial, bias, &mut a.x, &layer.post_norm, eps, &mut a.h)?;
+        let bias = mlp(b, &layer.mlp, &self.config, a)?;
+        b.all_reduce_add_norm(&mut a.partial, bias, &mut a.x, next_norm, eps, &mut a.h)
+    }
+
+    /// Projections, rope, append, attend, output projection; the sum over the ranks is the caller's.
+    fn attention(&mut self, b: &mut B, i: usize) -> Result<()> {
+        let (layer, a, s, cache) = (&self.layers[i], &mut self.act, &self.shape, &mut self.caches[i]);
+        let rope = self.ropes.get(i).unwrap_or(&self.ropes[0]);
+        let q_width = s.heads * (s.nope + s.rope);
+        let hidden = View::new(&a.h, 0, self.config.hidden);
+        match &layer.attention {
+            AttentionWeights::Grouped { qkv, bias } => {
+                b.linear(qkv, bias.as_ref(), hidden, &mut a.down)?;
+                let q = View::new(&a.down, 0, q_width);
+                let kv = View::new(&a.down, q_width, s.groups * (s.nope + s.value));
+                b.rope_append_grouped(s, rope, q, kv, None, &mut a.q_turned, cache)?;
+                b.attend_grouped(s, &a.q_turned, cache, &mut a.o)?;
+            }
+            AttentionWeights::Latent(w) => {
+                b.linear(&w.down, w.down_bias.as_ref(), hidden, &mut a.down)?;
+                let eps = match &self.config.attention {
+                    Attention::Latent(l) => l.latent_norm_eps,
+                    Attention::Grouped(_) => self.config.norm_eps,
+                };
+                let (q, after_q) = match &w.query {
+                    None => (View::new(&a.down, 0, q_width), q_width),
+                    Some((norm, up)) => {
+                        let rank = match &self.config.attention {
+                            Attention::Latent(l) => l.q_rank.unwrap_or(0),
+                            Attention::Grouped(_) => 0,
+                        };
+                        let mut q_latent = View::new(&a.down, 0, rank);
+                        if let Some(norm) = norm {
+                            b.norm_columns(q_latent, norm, eps, &mut a.q_latent)?;
+                            q_latent = View::new(&a.q_latent, 0, rank);
+                        }
+                        b.linear(up, None, q_latent, &mut a.q)?;
+                        (View::new(&a.q, 0, q_width), rank)
+                    }
+                };
+                let mut latent = View::new(&a.down, after_q, s.latent);
+                let k_rope = View::new(&a.down, after_q + s.latent, s.rope);
+                if let Some(norm) = &w.kv_norm {
+                    b.norm_columns(latent, norm, eps, &mut a.latent)?;
+                    latent = View::new(&a.latent, 0, s.latent);
+                }
+                match self.owned.path {
+                    Path::Gqa => {
+                        b.linear(&w.kv_up, None, latent, &mut a.kv)?;
+                        let kv = View::new(&a.kv, 0, s.groups * (s.nope + s.value));
+                        b.rope_append_grouped(s, rope, q, kv, Some(k_rope), &mut a.q_turned, cache)?;
+                        b.attend_grouped(s, &a.q_turned, cache, &mut a.o)?;
+                    }
+                    Path::Absorb => {
+                        b.rope_append_latent(s, rope, q, latent, k_rope, &mut a.q_turned, cache)?;
+                        b.absorb_query(s, &w.kv_up, &a.q_turned, &mut a.q_absorbed)?;
+                        b.attend_latent(s, &a.q_absorbed, cache, &mut a.o_latent)?;
+                        b.absorb_output(s, &w.kv_up, &a.o_latent, &mut a.o)?;
+                    }
+                }
+            }
+        }
+        b.linear(&layer.output, None, View::new(&a.o, 0, s.heads * s.value), &mut a.partial)
+    }
+
+    /// This rank's logits of the selected rows, `[outputs, vocab_local]`.
+    pub fn logits(&mut self, b: &mut B, logits: &mut Vec<f32>) -> Result<()> {
+        b.head(self.head.as_ref().unwrap_or(&self.embedding), &self.act.selected, logits)
+    }
+
+    /// The largest of this rank's logits of each selected row, and its local index.
+    pub fn argmax(&mut self, b: &mut B, best: &mut Vec<(f32, u32)>) -> Result<()> {
+        b.head_argmax(self.head.as_ref().unwrap_or(&self.embedding), &self.act.selected, best)
+    }
+
+    /// The residual stream before the next layer, `[rows, hidden]`.
+    pub fn residual(&self, b: &B, rows: usize) -> Result<Vec<f32>> {
+        b.read(&self.act.x, rows)
+    }
+
+    /// The normed input of the next half-layer; after the last layer the hidden state that the head sees.
+    pub fn normed(&self, b: &B, rows: usize) -> Result<Vec<f32>> {
+        b.read(&self.act.h, rows)
+    }
+
+    /// Bytes that the caches of all layers really take on this rank.
+    pub fn cache_bytes(&self, b: &B) -> usize {
+        self.caches.iter().map(|c| b.cache_bytes(c)).sum()
+    }
+}
+
+/// The MLP of the normed state in `h`, into `partial`. Returns the bias to add after the sum over the ranks.
+fn mlp<'a, B: Backend>(
+    b: &mut B,
+    weights: &'a MlpWeights<B>,
+    config: &ModelConfig,
+    a: &mut Activations<B>,
+) -> Result<Option<&'a B::Vector>> {
+    match weights {
+        MlpWeights::Dense { gate_up, gate_up_bias, down, down_bias, width } => {
+            b.linear(gate_up, gate_up_bias.as_ref(), View::new(&a.h, 0, config.hidden), &mut a.gate_up)?;
+            b.silu_mul(&a.gate_up, *width, &mut a.gated)?;
+            b.linear(down, None, View::new(&a.gated, 0, *width), &mut a.partial)?;
+            Ok(down_bias.as_ref())
+        }
+        MlpWeights::Sparse { gate, bias, experts } => {
+            let (Some(moe), Some(routing)) = (&config.moe, &mut a.routing) else {
+                return Err(crate::Error::Internal("a sparse layer without routing buffers".into()));
+            };
+            b.route(moe, gate, bias.as_ref(), &a.h, routing)?;
+            b.moe(experts, routing, &a.h, &mut a.partial)?;
+            Ok(None)
+        }
+    }
+}
+
+/// The dimensions attention is specialised to on this rank.
+pub fn attention_shape(config: &ModelConfig, owned: &Owned) -> AttentionShape {
+    let per_group = config.heads() / config.groups();
+    let (nope, rope, value, latent) = match &config.attention {
+        Attention::Latent(a) => (a.nope, a.rope, a.value, a.kv_rank),
+        Attention::Grouped(a) => (a.head_dim, 0, a.head_dim, 0),
+    };
+    AttentionShape {
+        heads: owned.heads.len(),
+        groups: owned.groups.len(),
+        first_head_in_group: owned.heads.start - owned.groups.start * per_group,
+        heads_per_group: per_group,
+        nope,
+        rope,
+        value,
+        latent,
+        scale: rope::softmax_scale(config),
+    }
+}
+
+impl<B: Backend> Activations<B> {
+    fn new(b: &B, config: &ModelConfig, owned: &Owned, s: &AttentionShape, rows: usize) -> Result<Self> {
+        let q = s.heads * (s.nope + s.rope);
+        let kv = s.groups * (s.nope + s.value);
+        let absorb = owned.path == Path::Absorb;
+        let (down, q_rank) = match &config.attention {
+            Attention::Latent(a) => (a.q_rank.unwrap_or(q) + a.kv_rank + a.rope, a.q_rank.unwrap_or(0)),
+            Attention::Grouped(_) => (q + kv, 0),
+        };
+        let width = config.mlp.iter().map(|m| match m {
+            crate::config::Mlp::Dense { width } => owned.shard.range(*width).len(),
+            crate::config::Mlp::Sparse => 0,
+        });
+        let width = width.max().unwrap_or(0);
+        let when = |wanted: bool, cols: usize| b.tensor(if wanted { rows } else { 0 }, cols);
+        Ok(Activations {
+            x: b.tensor(rows, config.hidden)?,
+            h: b.tensor(rows, config.hidden)?,
+            partial: b.tensor(rows, config.hidden)?,
+            down: b.tensor(rows, down)?,
+            q_latent: when(q_rank > 0, q_rank)?,
+            latent: when(s.latent > 0, s.latent)?,
+            q: when(q_rank > 0, q)?,
+            q_turned: b.tensor(rows, q)?,
+            kv: when(!absorb && s.latent > 0, kv)?,
+            q_absorbed: when(absorb, s.heads * (s.latent + s.rope))?,
+            o_latent: when(absorb, s.heads * s.latent)?,
+            o: b.tensor(rows, s.heads * s.value)?,
+            gate_up: when(width > 0, 2 * width)?,
+            gated: when(width > 0, width)?,
+            routing: config.moe.as_ref().map(|moe| b.routing(rows, moe)).transpose()?,
+            selected: b.tensor(rows, config.hidden)?,
+        })
+    }
+}
