@@ -6,11 +6,16 @@
 #[cfg(feature = "mpi")]
 pub mod mpi;
 pub mod one;
+mod pace;
 pub mod threads;
 
+use std::ops::Range;
 use std::time::Duration;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+
+/// The watchdog's bound until [`Communicator::set_watchdog`] says otherwise.
+pub const WATCHDOG: Duration = Duration::from_secs(30);
 
 /// One rank's end of a world. All ranks call the same operations in the same order, from one thread each.
 ///
@@ -34,26 +39,62 @@ pub trait Communicator: Send {
     fn barrier(&mut self) -> Result<()>;
     /// Bounds every wait but `broadcast`'s.
     fn set_watchdog(&mut self, bound: Duration);
-    /// Ends every rank of the world with `code`, after `why` has been printed. Threads: their waits fail.
+    /// Ends every rank of the world. MPI: prints `gqla: rank R: why` on stderr, then ends all processes with `code`
+    /// and does not return. Threads and a world of one: this and every other end's operations fail from now on,
+    /// naming this rank and `why`.
     fn abort(&mut self, code: i32, why: &str);
+    /// Leaves the world in good order; every rank calls it last. An MPI process that ends without it counts as lost.
+    fn finish(self: Box<Self>) -> Result<()>;
 }
 
-/// Sums `parts` (each `width` long, in rank order) into `out` in tree order.
+/// Checks that every rank has the same value `mine` of `what` ("checkpoint", "world size", …).
+///
+/// Where they differ, every rank gets an [`Error::Rank`] naming the first rank that differs from rank 0.
+pub fn agree(comm: &mut dyn Communicator, what: &str, mine: u64) -> Result<()> {
+    let mut all = vec![0; comm.world() * 8];
+    comm.all_gather(&mine.to_le_bytes(), &mut all)?;
+    match all.chunks_exact(8).position(|other| other != &all[..8]) {
+        None => Ok(()),
+        Some(rank) => Err(Error::Rank { rank, what: format!("{what} differs from rank 0's") }),
+    }
+}
+
+/// Sums `parts` (each `width` long, in rank order) into `out` in tree order: neighbours first, then pairs, then fours;
+/// a part with no partner waits for the next round. `parts` is left with partial sums.
 pub fn tree_sum(parts: &mut [f32], width: usize, out: &mut [f32]) {
-    let mut count = parts.len().checked_div(width).unwrap_or(0);
-    while count > 1 {
-        for i in 0..count / 2 {
-            let (left, right) = parts.split_at_mut((2 * i + 1) * width);
-            let left = &mut left[2 * i * width..];
-            for (l, r) in left.iter_mut().zip(&right[..width]) {
+    let count = parts.len().checked_div(width).unwrap_or(0);
+    let mut stride = 1;
+    while stride < count {
+        for left in (0..count - stride).step_by(2 * stride) {
+            let (low, high) = parts.split_at_mut((left + stride) * width);
+            for (l, r) in low[left * width..][..width].iter_mut().zip(&high[..width]) {
                 *l += *r;
             }
-            parts.copy_within(2 * i * width..(2 * i + 1) * width, i * width);
         }
-        if count % 2 == 1 {
-            parts.copy_within((count - 1) * width..count * width, count / 2 * width);
-        }
-        count = count.div_ceil(2);
+        stride *= 2;
     }
     out.copy_from_slice(&parts[..width]);
+}
+
+/// The part of `0..length` that `rank` of `world` sums in a large all-reduce; the parts cover it without overlap.
+fn share(length: usize, world: usize, rank: usize) -> Range<usize> {
+    length * rank / world..length * (rank + 1) / world
+}
+
+/// Up to this many elements every rank sums everything itself, in one exchange; above, it sums its share, in two.
+const SMALL: usize = 8192;
+
+/// An all-gather's lengths are the caller's to get right: `all` holds `world` times `mine`.
+fn check_gather(mine: &[u8], all: &[u8], world: usize) -> Result<()> {
+    if all.len() == world * mine.len() {
+        return Ok(());
+    }
+    let what = format!("all-gather of {} bytes from each of {world} ranks into {} bytes", mine.len(), all.len());
+    Err(Error::Internal(what))
+}
+
+/// `[1]` as "rank 1", `[1, 3]` as "ranks 1, 3".
+fn name_ranks(ranks: &[usize]) -> String {
+    let list: Vec<String> = ranks.iter().map(usize::to_string).collect();
+    format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, list.join(", "))
 }

@@ -1,1 +1,1 @@
-//! A world of one.
+//! MPI on host memory.
