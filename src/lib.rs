@@ -6,6 +6,7 @@
 pub mod backend;
 pub mod cache;
 pub mod checkpoint;
+pub mod cli;
 pub mod comm;
 pub mod config;
 pub mod engine;

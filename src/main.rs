@@ -1,2 +1,7 @@
 //! The `gqla` command.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    gqla::cli::main()
+}
