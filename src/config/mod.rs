@@ -3,7 +3,12 @@
 //! [`ModelConfig::load`] reads a Hugging Face `config.json` in any of the spellings that SPEC.md lists and refuses,
 //! by name, whatever would change the maths without being computed here.
 
+mod experts;
+mod fields;
+pub(crate) mod json;
 mod parse;
+mod policy;
+mod rope;
 
 use std::path::Path;
 
