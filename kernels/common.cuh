@@ -2,6 +2,10 @@
 // kernel's own, so no kernel includes anything, and NVRTC needs no headers.
 // Append new helpers at the end; do not change the ones that are here.
 
+#ifdef __CUDACC__
+#pragma nv_diag_suppress 177  // helpers that a kernel does not use
+#endif
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -197,3 +201,41 @@ DEVICE void grid_launch_dependents() { asm volatile("griddepcontrol.launch_depen
 DEVICE void grid_wait() {}
 DEVICE void grid_launch_dependents() {}
 #endif
+
+// ---- the running softmax of a 16-row tile, in mma's accumulator layout ----
+
+// This lane holds rows lane / 4 and lane / 4 + 8. Turns the logits p of N x 8 new
+// keys (-inf: not seen) into weights, and brings the maxima `top` (base-2 logits),
+// the sums (this lane's share of them) and the outputs o up to date. scale2 is the
+// logits' scale times log2(e), positive.
+template <int N, int M>
+DEVICE void softmax_step(float (&p)[N][4], float (&o)[M][4], float (&top)[2], float (&sum)[2], float scale2) {
+  float fade[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float x = fmaxf(p[0][2 * r], p[0][2 * r + 1]);
+#pragma unroll
+    for (int n = 1; n < N; n++) x = fmaxf(x, fmaxf(p[n][2 * r], p[n][2 * r + 1]));
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+    x = fmaxf(top[r], x * scale2);
+    const float base = x == NEG_INF ? 0.f : x;
+    fade[r] = exp2_fast(top[r] - base);
+    top[r] = x;
+    float add = 0.f;
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int i = 2 * r; i < 2 * r + 2; i++) {
+        p[n][i] = exp2_fast(p[n][i] * scale2 - base);
+        add += p[n][i];
+      }
+    sum[r] = sum[r] * fade[r] + add;
+  }
+  if (__any_sync(0xffffffffu, fade[0] != 1.f || fade[1] != 1.f)) {
+#pragma unroll
+    for (int n = 0; n < M; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) o[n][i] *= fade[i / 2];
+  }
+}

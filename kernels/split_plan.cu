@@ -1,0 +1,84 @@
+// The work split of a decode step: one launch a step, shared by every layer and
+// by both attention paths.
+//
+// All cached blocks of the batch, laid end to end, are cut into `teams` runs of
+// equal length (to one block). A team is `row_groups` CTAs: CTA c of the
+// attention kernel works on team c / row_groups and row group c % row_groups
+// (a set of KV groups, or of query rows), so the row groups of one stretch of
+// cache run side by side and what they share is read from memory once.
+// The host picks teams = max(1, CTAs / row_groups).
+//
+// The part of sequence b that team t computes is partial result number b + t:
+// unique, and at most batch + teams of them.
+
+#define PLAN_THREADS 256
+#define PLAN_MAX_BATCH 4096
+
+struct SplitPlan {
+  const int* lens;  // [batch] tokens in the cache, the new ones included; 0 is padding
+  int4* team;       // [teams] {first sequence, its first block, blocks in all, 0}
+  int2* seq;        // [batch] {first partial result, number of them}
+  int batch;        // at most PLAN_MAX_BATCH
+  int teams;
+  int min_blocks;   // a team gets no fewer, so that short work is not cut to dust
+};
+
+// grid 1, block PLAN_THREADS
+extern "C" __global__ void __launch_bounds__(PLAN_THREADS) split_plan(const SplitPlan a) {
+  __shared__ int start[PLAN_MAX_BATCH + 1];  // blocks before sequence b
+  const int tid = threadIdx.x;
+  grid_wait();
+
+  if (tid < 32) {
+    int sum = 0;
+    for (int base = 0; base < a.batch; base += 32) {
+      const int b = base + tid;
+      int x = b < a.batch ? ceil_div(max(a.lens[b], 0), BLOCK) : 0;
+#pragma unroll
+      for (int o = 1; o < 32; o <<= 1) {
+        const int y = __shfl_up_sync(0xffffffffu, x, o);
+        if (tid >= o) x += y;
+      }
+      if (b < a.batch) start[b + 1] = sum + x;
+      sum += __shfl_sync(0xffffffffu, x, 31);
+    }
+    if (tid == 0) start[0] = 0;
+  }
+  __syncthreads();
+
+  // The first `extra` teams take `each` + 1 blocks, the others `each`.
+  const int total = start[a.batch];
+  const int used = min(a.teams, max(1, total / max(1, a.min_blocks)));
+  const int each = total / used, extra = total % used;
+
+  for (int t = tid; t < a.teams; t += PLAN_THREADS) {
+    int4 w = make_int4(0, 0, 0, 0);
+    if (t < used) {
+      const int first = t * each + min(t, extra);
+      w.z = each + (t < extra ? 1 : 0);
+      int lo = 0, hi = a.batch - 1;  // the last sequence that starts at or before `first`
+      while (lo < hi) {
+        const int mid = (lo + hi + 1) >> 1;
+        if (start[mid] <= first) lo = mid; else hi = mid - 1;
+      }
+      w.x = lo;
+      w.y = first - start[lo];
+    }
+    a.team[t] = w;
+  }
+
+  for (int b = tid; b < a.batch; b += PLAN_THREADS) {
+    int2 s = make_int2(0, 0);
+    if (start[b + 1] > start[b]) {
+      int owner[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int block = i ? start[b + 1] - 1 : start[b];
+        const int longer = extra * (each + 1);
+        owner[i] = block < longer ? block / (each + 1) : extra + (block - longer) / max(1, each);
+      }
+      s = make_int2(b + owner[0], owner[1] - owner[0] + 1);
+    }
+    a.seq[b] = s;
+  }
+}
