@@ -319,6 +319,14 @@ fn figures_on_the_command_line_override_the_cards() {
 }
 
 #[test]
+fn a_checkpoint_directory_plans_as_its_configuration_says() {
+    let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/checkpoints/tiny-glm-gqla");
+    let report = plan_json(&["--model", directory, "--tp", "8", "--hardware", "h100"]);
+    assert_eq!(report["paths"]["gqa"]["cache_elements_per_token_per_layer"], 32 + 32 + 16);
+    assert_eq!(report["paths"]["absorb"]["cache_elements_per_token_per_layer"], 128 + 16);
+}
+
+#[test]
 fn the_table_is_readable() {
     let out = gqla(&["plan", "--model", "deepseek-v3-gqla", "--hardware", "h20", "--tp", "2"]);
     let text = String::from_utf8(out.stdout).unwrap();
