@@ -16,8 +16,6 @@ die() {
 as_root() {
     if [ "$(id -u)" -eq 0 ]; then
         "$@"
-    elif ! command -v sudo >/dev/null; then
-        die "cannot run as root: $*" "sudo is not installed; run that command as root, then this script again."
     elif [ -t 0 ]; then
         sudo "$@"
     else
@@ -45,6 +43,9 @@ install_packages() {
     [ "${#missing[@]}" -eq 0 ] && return 0
     command -v apt-get >/dev/null ||
         die "missing here: ${missing[*]} (Debian's names)" "Install them with this system's package manager, then run this script again."
+    if [ "$(id -u)" -ne 0 ] && ! command -v sudo >/dev/null; then
+        die "missing here: ${missing[*]}; there is no sudo to install them with" "Run 'apt-get update && apt-get install ${missing[*]}' as root, then this script again."
+    fi
     say "installing ${missing[*]}"
     as_root env DEBIAN_FRONTEND=noninteractive apt-get update -q >&2 ||
         die "apt-get update failed" "Check the network and /etc/apt/sources.list, then run this script again."
@@ -74,7 +75,7 @@ install_rust() {
         curl --proto '=https' --tlsv1.2 -sSf --retry 3 -o "$script" https://sh.rustup.rs ||
             die "downloading rustup failed" "Check the network, or install Rust from https://rustup.rs, then run this script again."
         # -y: no questions; the user's shell files stay as they are. An older cargo from the system may be there too.
-        sh "$script" -y --profile minimal --no-modify-path --default-toolchain stable >&2 ||
+        RUSTUP_INIT_SKIP_PATH_CHECK=yes sh "$script" -y --profile minimal --no-modify-path --default-toolchain stable >&2 ||
             die "rustup could not install Rust" "Install Rust from https://rustup.rs, then run this script again."
         rm -f "$script"
         export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"

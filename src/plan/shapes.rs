@@ -92,7 +92,7 @@ fn deepseek_v2_lite() -> ModelConfig {
 /// DeepSeek-V3 with `groups` groups: 128 is the published MLA, 8 the canonical GQLA shape.
 fn deepseek_v3(groups: usize) -> ModelConfig {
     ModelConfig {
-        architecture: if groups == 128 { "DeepseekV3ForCausalLM" } else { "Glm4MoeLiteGQLAForCausalLM" }.to_string(),
+        architecture: if groups == 128 { "DeepseekV3ForCausalLM" } else { "DeepseekV3GQLAForCausalLM" }.to_string(),
         hidden: 7168,
         layers: 61,
         vocab: 129280,
