@@ -4,10 +4,14 @@
 //! same bits, and, together with the segmented products of the CPU backend, so does every power-of-two world size.
 
 #[cfg(feature = "mpi")]
+pub mod launch;
+#[cfg(feature = "mpi")]
 pub mod mpi;
 pub mod one;
 mod pace;
 pub mod threads;
+#[cfg(feature = "mpi")]
+mod watch;
 
 use std::ops::Range;
 use std::time::Duration;
@@ -47,6 +51,15 @@ pub trait Communicator: Send {
     fn finish(self: Box<Self>) -> Result<()>;
 }
 
+/// The world this process was started in: MPI's under `mpirun` (or Slurm with PMIx), else a world of one.
+pub fn connect() -> Result<Box<dyn Communicator>> {
+    #[cfg(feature = "mpi")]
+    if let Some(comm) = mpi::MpiComm::init()? {
+        return Ok(Box::new(comm));
+    }
+    Ok(Box::new(one::OneComm::new()))
+}
+
 /// Checks that every rank has the same value `mine` of `what` ("checkpoint", "world size", …).
 ///
 /// Where they differ, every rank gets an [`Error::Rank`] naming the first rank that differs from rank 0.
@@ -81,8 +94,11 @@ fn share(length: usize, world: usize, rank: usize) -> Range<usize> {
     length * rank / world..length * (rank + 1) / world
 }
 
-/// Up to this many elements every rank sums everything itself, in one exchange; above, it sums its share, in two.
-const SMALL: usize = 8192;
+/// Up to this many elements over all ranks, every rank sums everything itself, in one exchange; above, it sums its
+/// share and gathers the others', in two exchanges of less data.
+fn is_small(length: usize, world: usize) -> bool {
+    length * world <= 8192
+}
 
 /// An all-gather's lengths are the caller's to get right: `all` holds `world` times `mine`.
 fn check_gather(mine: &[u8], all: &[u8], world: usize) -> Result<()> {

@@ -6,8 +6,8 @@
 
 use std::time::{Duration, Instant};
 
-/// With a core for every rank, how long to spin.
-const SPIN: Duration = Duration::from_micros(50);
+/// With a core for every rank, how long to spin. Short, because the rank waited for may have been put on this core.
+const SPIN: Duration = Duration::from_micros(5);
 /// How long to go on yielding before the first sleep.
 const YIELD: Duration = Duration::from_micros(500);
 /// A sleep's length is what has been waited already over this,
@@ -66,4 +66,17 @@ impl Pace {
 /// Whether `ranks` on this host are more than the cores that this process may use.
 pub(super) fn crowded(ranks: usize) -> bool {
     ranks > std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_in_which_the_process_was_stopped_is_not_held_against_the_others() {
+        let mut pace = Pace::new(false);
+        pace.last -= Duration::from_secs(3600);
+        assert_eq!(pace.turn(), Turn::Sleep(SLEEP_MOST));
+        assert_eq!(pace.waited(), GAP_MOST);
+    }
 }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use super::pace::{Pace, Turn, crowded};
-use super::{Communicator, SMALL, WATCHDOG, check_gather, name_ranks, share, tree_sum};
+use super::{Communicator, WATCHDOG, check_gather, is_small, name_ranks, share, tree_sum};
 use crate::error::{Error, Result};
 
 /// One end of a world of threads. It is moved to its thread; dropping it ends the others' waits for it.
@@ -208,14 +208,14 @@ impl Communicator for ThreadsComm {
     fn all_reduce(&mut self, buffer: &mut [f32]) -> Result<()> {
         let (world, length) = (self.world(), buffer.len());
         self.post("all-reduce", buffer, &[])?;
-        let mine = if length <= SMALL { 0..length } else { share(length, world, self.rank) };
+        let mine = if is_small(length, world) { 0..length } else { share(length, world, self.rank) };
         let width = mine.len();
         let mut parts = std::mem::take(&mut self.parts);
         parts.resize(world * width, 0.0);
         self.each(|rank, end| parts[rank * width..][..width].copy_from_slice(&end.floats[mine.clone()]));
         tree_sum(&mut parts, width, &mut buffer[mine.clone()]);
         self.parts = parts;
-        if length > SMALL {
+        if !is_small(length, world) {
             // The shares differ in length by one, and ends post equal lengths: send the longest share's length.
             let longest = length.div_ceil(world);
             self.parts.resize(self.parts.len().max(longest), 0.0);

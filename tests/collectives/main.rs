@@ -1,6 +1,12 @@
 //! The collectives of every communicator: the right sums, the same bits on every rank, and waits that end with the
 //! name of the rank at fault.
 
+#[cfg(feature = "mpi")]
+#[path = "../common/mod.rs"]
+mod common;
+#[cfg(feature = "mpi")]
+mod mpi;
+
 use std::time::{Duration, Instant};
 
 use gqla::comm::one::OneComm;
@@ -8,7 +14,8 @@ use gqla::comm::threads::{ThreadsComm, world};
 use gqla::comm::{Communicator, agree, tree_sum};
 use gqla::{Error, Result};
 
-const LENGTHS: [usize; 9] = [0, 1, 2, 7, 64, 1001, 8192, 8193, 100_003];
+/// On both sides of where an all-reduce changes from one exchange to two, for every world size.
+const LENGTHS: [usize; 11] = [0, 1, 2, 7, 64, 1001, 1025, 2049, 4096, 8193, 100_003];
 
 /// Runs `work` on every end of a world of `size` threads, and returns what each end returned.
 fn on_threads<T: Send>(size: usize, work: impl Fn(&mut ThreadsComm) -> T + Sync) -> Vec<T> {

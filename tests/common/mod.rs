@@ -1,0 +1,102 @@
+//! What several test files need.
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+use std::io::Read;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+/// `mpirun` for `ranks` ranks on this machine; the caller adds the program and its arguments.
+pub fn mpirun(ranks: usize) -> Command {
+    gqla::comm::launch::mpirun(ranks).unwrap_or_else(|error| panic!("{error}; launch/test does both"))
+}
+
+/// A running command whose output is collected, and which does not outlive its test.
+pub struct Job {
+    child: Child,
+    stdout: Receiver<String>,
+    stderr: Receiver<String>,
+}
+
+/// How a [`Job`] ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub status: ExitStatus,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Job {
+    pub fn start(command: &mut Command) -> Job {
+        let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let (stdout, stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        Job { child, stdout: collect(stdout), stderr: collect(stderr) }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for the end; a command that takes longer than `limit` is killed and fails the test.
+    pub fn end_within(mut self, limit: Duration) -> Ended {
+        let begin = Instant::now();
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break Some(status);
+            }
+            if begin.elapsed() > limit {
+                self.child.kill().unwrap();
+                self.child.wait().unwrap();
+                break None;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        // Orphans may keep the pipes open: what has been read by then must do.
+        let text = |output: &Receiver<String>| output.recv_timeout(Duration::from_secs(15)).unwrap_or_default();
+        let (stdout, stderr) = (text(&self.stdout), text(&self.stderr));
+        match status {
+            Some(status) => Ended { status, stdout, stderr },
+            None => panic!("still running after {limit:?}\nstdout:\n{stdout}\nstderr:\n{stderr}"),
+        }
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn collect(mut from: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = from.read_to_end(&mut bytes);
+        let _ = sender.send(String::from_utf8_lossy(&bytes).into_owned());
+    });
+    receiver
+}
+
+/// Sends `signal` ("KILL", "STOP", …) to a process.
+pub fn signal(pid: u32, signal: &str) {
+    let status = Command::new("sh").arg("-c").arg(format!("kill -{signal} {pid}")).status().unwrap();
+    assert!(status.success(), "kill -{signal} {pid}");
+}
+
+/// Whether the process exists and has not ended (a zombie has).
+pub fn alive(pid: u32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    let state = stat.rsplit(')').next().unwrap_or("").trim_start();
+    !state.starts_with('Z') && !state.starts_with('X')
+}
+
+/// Waits until `done`, and fails the test after `limit`.
+pub fn until(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < limit, "{what}: not within {limit:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
