@@ -156,11 +156,12 @@ impl MpiComm {
         }))
     }
 
-    /// Begins a collective; fails if the world is lost. Afterwards `room` has `floats` elements at least.
+    /// Begins a collective, which [`keep`](MpiComm::keep) ends; fails if the world is lost. Afterwards `room` has `floats` elements at least.
     fn begin(&mut self, floats: usize) -> Result<()> {
         if let Some(error) = &self.lost {
             return Err(error.clone());
         }
+        self.watch.arm(self.watchdog + SLACK);
         self.count += 1;
         if self.room.len() < floats {
             self.room.resize(floats, 0.0);
@@ -294,34 +295,27 @@ impl MpiComm {
 
     /// Polls until `ready`, for `bound` at most, or until another rank gives up.
     fn wait(&mut self, bound: Option<Duration>, mut ready: impl FnMut(&mut Self) -> Result<bool>) -> Result<Waited> {
-        self.watch.arm(self.watchdog + SLACK);
         let mut pace = Pace::new(self.crowded);
-        let ended = loop {
-            match ready(self) {
-                Ok(false) => {}
-                Ok(true) => break Ok(Waited::Done),
-                Err(error) => break Err(error),
+        loop {
+            if ready(self)? {
+                return Ok(Waited::Done);
             }
             let turn = pace.turn();
             if bound.is_some_and(|bound| pace.waited() >= bound) {
-                break Ok(Waited::Expired);
+                return Ok(Waited::Expired);
             }
             match turn {
                 Turn::Spin => std::hint::spin_loop(),
                 Turn::Yield => std::thread::yield_now(),
                 Turn::Sleep(nap) => {
-                    match self.probe(None, Tag::GiveUp) {
-                        Ok(None) => {}
-                        Ok(Some(_)) => break Ok(Waited::Called),
-                        Err(error) => break Err(error),
+                    if self.probe(None, Tag::GiveUp)?.is_some() {
+                        return Ok(Waited::Called);
                     }
                     std::thread::sleep(nap);
                     self.watch.arm(self.watchdog + SLACK);
                 }
             }
-        };
-        self.watch.disarm();
-        ended
+        }
     }
 
     /// The sender and the length of a message that has come, from `source` or from anyone, but not been received.
@@ -347,6 +341,7 @@ impl MpiComm {
     /// Every rank that waits, in whatever collective, hears it and answers; so the ranks which stay silent are the
     /// ones that are stopped, or busy for longer than the watchdog allows.
     fn inquest(&mut self, tag: Tag, missing: &[usize]) -> Error {
+        self.watch.arm(GRACE + SLACK);
         // Leaked on purpose, as are the requests: the messages may still be under way when this process ends.
         let notice: &'static [u64; 1] = Box::leak(Box::new([self.count]));
         for peer in self.others() {
@@ -396,8 +391,9 @@ impl MpiComm {
         }
     }
 
-    /// Remembers the error after which nothing more is tried.
-    fn keep<T>(&mut self, result: Result<T>) -> Result<T> {
+    /// Ends an operation, and remembers the error after which nothing more is tried.
+    fn keep(&mut self, result: Result<()>) -> Result<()> {
+        self.watch.disarm();
         if let Err(error) = &result {
             self.lost.get_or_insert_with(|| error.clone());
         }
