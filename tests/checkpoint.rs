@@ -407,7 +407,7 @@ fn the_real_file_is_sound() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn no_flipped_byte_panics(flips in prop::collection::vec((0usize..9544, any::<u8>()), 1..6)) {
