@@ -1,0 +1,152 @@
+// The absorb path's products with kv_b, batched over groups, on the tensor cores.
+// A CTA computes 64 (row, head of the group) pairs by 64 columns; the heads of a
+// group are rows of one product, so a group's weights are never repeated.
+//
+// -D DN, DR, DC, DV
+// absorb_query:  out[.., ..DC] = q_nope W_UK[g], out[.., DC..] = q_rope
+//                grid (ceil(DC / 64), tiles, groups); block 128
+// absorb_output: out = latent W_UV[g]^T
+//                grid (ceil(DV / 64), tiles, groups); block 128
+// dynamic shared memory: ABSORB_SMEM = 73728
+//   tiles = ceil(rows * most / 64), most = min(heads, heads_per_group)
+
+struct AbsorbProduct {
+  const u16* kv_up;  // [groups, DN + DV, DC]: a group's W_UK [DN, DC], then its W_UV [DV, DC]
+  const u16* in;     // absorb_query: [rows, heads, DN + DR]; absorb_output: [rows, heads, DC]
+  u16* out;          // absorb_query: [rows, heads, DC + DR]; absorb_output: [rows, heads, DV]
+  int rows;
+  int heads;                // on this rank
+  int heads_per_group;      // in the whole model
+  int first_head_in_group;  // heads of the first group that other ranks have
+};
+
+constexpr int TILE = 64, ROW = TILE + 8;  // elements; the 8 keep ldmatrix off equal banks
+constexpr int BUFFERS = 4;
+constexpr int TILE_ELEMS = TILE * ROW;
+constexpr int ABSORB_SMEM = BUFFERS * 2 * TILE_ELEMS * 2;  // 73728 bytes
+
+// 8 elements to shared memory, those from `valid` on zero. Unaligned rows go one element at a time.
+template <bool WIDE>
+DEVICE void copy8(u16* dst, const u16* src, int valid) {
+  if (WIDE) {
+    cp_async16(smem_addr(dst), src, valid > 0 ? 16 : 0);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) dst[i] = i < valid ? src[i] : 0;
+  }
+}
+
+// OUTPUT false: weights [K, N] (rows are the reduction); true: [N, K].
+template <bool OUTPUT>
+DEVICE void absorb(const AbsorbProduct& a) {
+  constexpr int K = OUTPUT ? DC : DN, N = OUTPUT ? DV : DC;
+  constexpr int IN = OUTPUT ? DC : DN + DR, OUT = OUTPUT ? DV : DC + DR;
+  constexpr bool WIDE_W = DC % 8 == 0;
+  constexpr bool WIDE_X = OUTPUT ? DC % 8 == 0 : DN % 8 == 0 && DR % 8 == 0;
+  constexpr int STEPS = (K + TILE - 1) / TILE;
+  extern __shared__ __align__(16) u16 absorb_shared[];
+  u16* const xs = absorb_shared;
+  u16* const ws = absorb_shared + BUFFERS * TILE_ELEMS;
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+  const int group = blockIdx.z, n0 = blockIdx.x * TILE;
+  const int first = max(0, group * a.heads_per_group - a.first_head_in_group);
+  const int last = min(a.heads, (group + 1) * a.heads_per_group - a.first_head_in_group);
+  const int mine = last - first, pairs = a.rows * mine, m0 = blockIdx.y * TILE;
+  grid_launch_dependents();
+  if (mine <= 0 || m0 >= pairs) return;
+  const u16* w = a.kv_up + ((size_t)group * (DN + DV) + (OUTPUT ? DN : 0)) * DC;
+
+  auto load_w = [&](int step) {
+    u16* dst = ws + step % BUFFERS * TILE_ELEMS;
+    const int k0 = step * TILE;
+    for (int i = tid; i < TILE * 8; i += 128) {
+      const int r = i / 8, c = i % 8 * 8;
+      const int wr = (OUTPUT ? n0 : k0) + r, wc = (OUTPUT ? k0 : n0) + c;
+      const bool in = wr < (OUTPUT ? N : K) && wc < DC;
+      copy8<WIDE_W>(dst + r * ROW + c, w + (in ? (size_t)wr * DC + wc : 0), in ? DC - wc : 0);
+    }
+  };
+  auto load_x = [&](int step) {
+    u16* dst = xs + step % BUFFERS * TILE_ELEMS;
+    const int k0 = step * TILE;
+    for (int i = tid; i < TILE * 8; i += 128) {
+      const int r = i / 8, c = i % 8 * 8, p = m0 + r;
+      const bool in = p < pairs && k0 + c < K;
+      const u16* src = a.in + ((size_t)(p / mine) * a.heads + first + p % mine) * IN + k0 + c;
+      copy8<WIDE_X>(dst + r * ROW + c, in ? src : a.in, in ? K - k0 - c : 0);
+    }
+  };
+
+  float acc[8][4];
+#pragma unroll
+  for (int n = 0; n < 8; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) acc[n][i] = 0.f;
+
+  // Weights do not depend on the launch before this one, so they are asked for first.
+#pragma unroll
+  for (int s = 0; s < BUFFERS - 1; s++)
+    if (s < STEPS) load_w(s);
+  grid_wait();
+#pragma unroll
+  for (int s = 0; s < BUFFERS - 1; s++) {
+    if (s < STEPS) load_x(s);
+    cp_async_commit();  // the first group has all weights so far: harmless
+  }
+
+  for (int s = 0; s < STEPS; s++) {
+    cp_async_wait<BUFFERS - 2>();
+    __syncthreads();
+    if (s + BUFFERS - 1 < STEPS) {
+      load_w(s + BUFFERS - 1);
+      load_x(s + BUFFERS - 1);
+    }
+    cp_async_commit();
+    const u16* x = xs + s % BUFFERS * TILE_ELEMS + warp * 16 * ROW;
+    const u16* b = ws + s % BUFFERS * TILE_ELEMS;
+#pragma unroll
+    for (int k = 0; k < TILE; k += 16) {
+      u32 f[4];
+      ldmatrix4(f, smem_addr(x + lane % 16 * ROW + k + lane / 16 * 8));
+#pragma unroll
+      for (int n = 0; n < 8; n += 2) {
+        u32 t[4];
+        if (OUTPUT) {
+          ldmatrix4(t, smem_addr(b + (n * 8 + lane / 16 * 8 + lane % 8) * ROW + k + lane / 8 % 2 * 8));
+        } else {
+          ldmatrix4_trans(t, smem_addr(b + (k + lane % 16) * ROW + n * 8 + lane / 16 * 8));
+        }
+        mma_bf16(acc[n], f, t[0], t[1]);
+        mma_bf16(acc[n + 1], f, t[2], t[3]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int p = m0 + warp * 16 + h * 8 + lane / 4;
+    if (p >= pairs) continue;
+    u16* out = a.out + ((size_t)(p / mine) * a.heads + first + p % mine) * OUT;
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+      const int col = n0 + n * 8 + lane % 4 * 2;
+      if (OUT % 2 == 0 && col + 1 < N) {
+        *(u32*)(out + col) = pack_bf16(acc[n][2 * h], acc[n][2 * h + 1]);
+      } else {
+        if (col < N) out[col] = f32_to_bf16(acc[n][2 * h]);
+        if (col + 1 < N) out[col + 1] = f32_to_bf16(acc[n][2 * h + 1]);
+      }
+    }
+  }
+  if (!OUTPUT && n0 == 0) {
+    for (int i = tid; i < TILE * DR; i += 128) {
+      const int p = m0 + i / (DR + (DR == 0)), c = i % (DR + (DR == 0));
+      if (p >= pairs) break;
+      const size_t at = (size_t)(p / mine) * a.heads + first + p % mine;
+      a.out[at * OUT + DC + c] = a.in[at * (DN + DR) + DN + c];
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(128) absorb_query(const AbsorbProduct a) { absorb<false>(a); }
+extern "C" __global__ void __launch_bounds__(128) absorb_output(const AbsorbProduct a) { absorb<true>(a); }
