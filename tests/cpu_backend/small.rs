@@ -52,13 +52,17 @@ fn the_residual_grows_and_is_normed() {
     let (partial, x, weight) = (random.floats(n * hidden), random.floats(n * hidden), random.floats(hidden));
     let mut b = backend();
     b.begin(&rows(n)).unwrap();
-    let (mut p, mut residual) = (tensor(&b, &partial, hidden), tensor(&b, &x, hidden));
-    let mut out = b.tensor(n, hidden).unwrap();
-    b.all_reduce_add_norm(&mut p, &mut residual, &weight, 1e-6, &mut out).unwrap();
-    let sum: Vec<f32> = x.iter().zip(&partial).map(|(a, b)| a + b).collect();
-    assert_eq!(bits(&b.read(&residual, n).unwrap()), bits(&sum));
-    let want: Vec<f64> = sum.chunks(hidden).flat_map(|x| rmsnorm(x, &weight, 1e-6)).collect();
-    close(&b.read(&out, n).unwrap(), &want, 1e-6);
+    for bias in [None, Some(random.floats(hidden))] {
+        let (mut p, mut residual) = (tensor(&b, &partial, hidden), tensor(&b, &x, hidden));
+        let mut out = b.tensor(n, hidden).unwrap();
+        b.all_reduce_add_norm(&mut p, bias.as_ref(), &mut residual, &weight, 1e-6, &mut out).unwrap();
+        let added = |i: usize| partial[i] as f64 + bias.as_ref().map_or(0.0, |b| b[i % hidden] as f64);
+        let sum: Vec<f64> = x.iter().enumerate().map(|(i, &x)| x as f64 + added(i)).collect();
+        let residual = b.read(&residual, n).unwrap();
+        close(&residual, &sum, 2e-7);
+        let want: Vec<f64> = residual.chunks(hidden).flat_map(|x| rmsnorm(x, &weight, 1e-6)).collect();
+        close(&b.read(&out, n).unwrap(), &want, 1e-6);
+    }
 }
 
 #[test]

@@ -89,6 +89,9 @@ impl Communicator for Claimed {
         Ok(())
     }
     fn set_watchdog(&mut self, _: Duration) {}
+    fn finish(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
     fn abort(&mut self, code: i32, why: &str) {
         panic!("abort {code}: {why}");
     }

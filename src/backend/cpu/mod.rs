@@ -307,16 +307,20 @@ impl Backend for CpuBackend {
     fn all_reduce_add_norm(
         &mut self,
         partial: &mut Tensor,
+        bias: Option<&Vec<f32>>,
         x: &mut Tensor,
         weight: &Vec<f32>,
         eps: f32,
         out: &mut Tensor,
     ) -> Result<()> {
         self.all_reduce(partial)?;
-        assert_eq!(partial.cols(), x.cols());
+        assert!(partial.cols() == x.cols() && bias.is_none_or(|b| b.len() == x.cols()));
         self.each_row(x, partial.cols(), |r, x| {
             let partial = &partial.data[r * x.len()..][..x.len()];
-            x.iter_mut().zip(partial).for_each(|(x, p)| *x += p);
+            match bias {
+                Some(bias) => x.iter_mut().zip(partial).zip(bias).for_each(|((x, p), b)| *x += p + b),
+                None => x.iter_mut().zip(partial).for_each(|(x, p)| *x += p),
+            }
         });
         self.norm(x, weight, eps, out)
     }
