@@ -18,6 +18,7 @@ struct Combine {
 
 constexpr int LANE_VALUES = (DV + 31) / 32;
 constexpr bool WIDE = DV % 128 == 0;  // 16-byte accesses
+constexpr int EARLY = LANE_VALUES <= 8 ? 4 : 2;  // parts in flight at once
 
 // Column of a lane's i-th value.
 DEVICE int combine_col(int lane, int i) { return WIDE ? (i / 4) * 128 + lane * 4 + i % 4 : i * 32 + lane; }
@@ -55,9 +56,7 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS) combine(const C
   const int part = warp % a.warps;
   const bool real = item < a.rows * a.heads;
   const int row = real ? item / a.heads : 0, head = item % a.heads;
-  grid_wait();
-  grid_launch_dependents();
-
+  // The plan is older than the launch this one may overlap with.
   const int2 seq = a.seq[row / SQ];
   const int n = real ? seq.y : 1;
   const size_t stride = (size_t)SQ * a.heads;
@@ -67,7 +66,23 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS) combine(const C
 #pragma unroll
   for (int i = 0; i < LANE_VALUES; i++) acc[i] = 0.f;
 
+  grid_wait();
+  grid_launch_dependents();
+
   if (n > 1) {
+    // The first parts are on their way before their weights are known.
+    float early[EARLY][LANE_VALUES], early_lse[EARLY];
+#pragma unroll
+    for (int i = 0; i < EARLY; i++) {
+      const int s = part + i * a.warps;
+      early_lse[i] = NEG_INF;
+#pragma unroll
+      for (int k = 0; k < LANE_VALUES; k++) early[i][k] = 0.f;
+      if (s < n) {
+        early_lse[i] = a.part_lse[first + s * stride];
+        combine_load(a.part_o + (first + s * stride) * DV, lane, early[i]);
+      }
+    }
     float top = NEG_INF;
     for (int s = lane; s < n; s += 32) top = fmaxf(top, a.part_lse[first + s * stride]);
     top = warp_max(top);
@@ -77,14 +92,20 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS) combine(const C
     sum = warp_sum(sum);
     const float inv = sum > 0.f ? 1.f / sum : 0.f;
 
-#pragma unroll 4
-    for (int s = part; s < n; s += a.warps) {
+#pragma unroll
+    for (int i = 0; i < EARLY; i++) {
+      const float w = exp2_fast(early_lse[i] - top) * inv;
+#pragma unroll
+      for (int k = 0; k < LANE_VALUES; k++) acc[k] += w * early[i][k];
+    }
+#pragma unroll EARLY
+    for (int s = part + EARLY * a.warps; s < n; s += a.warps) {
       const size_t at = first + s * stride;
       float v[LANE_VALUES];
       combine_load(a.part_o + at * DV, lane, v);
       const float w = exp2_fast(a.part_lse[at] - top) * inv;
 #pragma unroll
-      for (int i = 0; i < LANE_VALUES; i++) acc[i] += w * v[i];
+      for (int k = 0; k < LANE_VALUES; k++) acc[k] += w * v[k];
     }
   }
 

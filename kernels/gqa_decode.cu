@@ -9,8 +9,7 @@
 // when a sequence's part ends, to add up their slices.
 //
 // The rope key tile is common to all groups. The CTAs of a team read it at about
-// the same time and it is kept in L2 in preference to K and V, which nobody
-// reads twice.
+// the same time, and L2 keeps it longer than K and V, which nobody reads twice.
 //
 // -D DN, DR (0: no rope key), DV: multiples of 64; GS heads a group; SQ 1..4;
 //    NG groups a CTA, dividing the rank's groups.
@@ -39,7 +38,7 @@ struct GqaDecode {
 constexpr int DQ = DN + DR;
 constexpr int ROWS = GS * SQ;
 constexpr int RT = (ROWS + 15) / 16;            // tiles of 16 query rows
-constexpr int MAX_WARPS = DV <= 128 ? 8 : 4;    // the accumulators take DV / 2 registers
+constexpr int MAX_WARPS = DV > 128 || NG * RT <= 2 ? 4 : 8;  // the accumulators take DV / 2 registers
 constexpr int SLICES = MAX_WARPS / (NG * RT) >= 4 ? 4 : MAX_WARPS / (NG * RT) >= 2 ? 2 : 1;
 constexpr int WARPS = NG * RT * SLICES;         // that compute
 constexpr int SLICE = BLOCK / SLICES;           // tokens of a block a warp sees
@@ -50,14 +49,20 @@ constexpr int PANEL = BLOCK * 128;              // bytes
 constexpr int K_BYTES = BLOCK * DN * 2, V_BYTES = BLOCK * DV * 2, R_BYTES = BLOCK * DR * 2;
 constexpr int KV_BYTES = K_BYTES + V_BYTES;
 constexpr int STAGE_BYTES = R_BYTES + NG * KV_BYTES;
-constexpr int STAGES = 225 * 1024 / STAGE_BYTES < 8 ? 225 * 1024 / STAGE_BYTES : 8;
+// About 128 KiB in flight a multiprocessor. More only queues up in the memory
+// system, arrives in bursts, and leaves a heap of tiles to compute at the end.
+constexpr int FIT = 128 * 1024 / STAGE_BYTES;
+constexpr int STAGES = FIT < 2 ? 2 : FIT > 8 ? 8 : FIT;
 
-constexpr int GQA_THREADS = 32 * (WARPS + 1);
+// Eight computing warps want more registers than an even share leaves them, so
+// the loading warp comes with three idle ones, and the four give theirs away.
+constexpr bool SHIFT_REGISTERS = WARPS == 8;
+constexpr int GQA_THREADS = 32 * (WARPS + (SHIFT_REGISTERS ? 4 : 1));
 constexpr int GQA_SMEM = STAGES * STAGE_BYTES + 1024;
 
 static_assert(DN % 64 == 0 && DR % 64 == 0 && DV % 64 == 0, "swizzled tiles only");
 static_assert(NG * RT <= MAX_WARPS, "too many query rows: a job for the portable kernel");
-static_assert(STAGES >= 2, "a stage must fit twice");
+static_assert(GQA_SMEM <= 225 * 1024, "two stages must fit");
 static_assert(SLICES == 1 || NG * RT * (SLICES / 2) * 16 * DV * 4 <= STAGE_BYTES, "slices are added up in a stage");
 
 // A stretch of one sequence's blocks.
@@ -70,7 +75,7 @@ struct Part {
 DEVICE bool next_part(const GqaDecode& a, int4& work, Part& part) {
   while (work.z > 0) {
     part.seq = work.x;
-    part.len = a.lens[work.x];
+    part.len = work.w > 0 ? work.w : a.lens[work.x];
     part.first = work.y;
     const int blocks = ceil_div(part.len, BLOCK);
     part.count = min(blocks - work.y, work.z);
@@ -87,7 +92,7 @@ DEVICE void produce(const GqaDecode& a, u32 stages, u32 full, u32 empty) {
   const int lane = threadIdx.x % 32;
   const int row_groups = a.groups / NG;
   const size_t block_elems = (size_t)BLOCK * (DR + a.groups * (DN + DV));
-  const u64 once = l2_evict_first(), keep = l2_evict_last();
+  const u64 once = l2_evict_first();
   int stage = 0;
   u32 phase = 0;
 
@@ -109,7 +114,8 @@ DEVICE void produce(const GqaDecode& a, u32 stages, u32 full, u32 empty) {
           mbar_wait(empty + stage * 8, phase ^ 1);
           mbar_arrive_expect(bar, STAGE_BYTES);
           const u16* kv = src + (size_t)BLOCK * (DR + group0 * (DN + DV));
-          if (DR > 0) bulk_load_hint(dst, src, R_BYTES, bar, row_groups > 1 ? keep : once);
+          if (DR > 0 && row_groups > 1) bulk_load(dst, src, R_BYTES, bar);
+          if (DR > 0 && row_groups == 1) bulk_load_hint(dst, src, R_BYTES, bar, once);
 #pragma unroll
           for (int g = 0; g < NG; g++) {
             const u32 to = dst + R_BYTES + g * KV_BYTES;
@@ -334,12 +340,13 @@ DEVICE void consume(const GqaDecode& a, unsigned char* stage_mem, u32 full, u32 
         for (int r = 0; r < 2; r++) limit[r] = valid - SQ + 1 + w.row[r] / GS;
         const u32 rope = stages + stage * STAGE_BYTES, kv = rope + R_BYTES + w.group * KV_BYTES;
         mbar_wait(full + stage * 8, phase);
-        if (valid < BLOCK) {
+        if (valid < BLOCK) {  // the sequence's last block
           const int first = max(valid, w.slice * SLICE), last = (w.slice + 1) * SLICE;
-          if (first < last)
+          if (w.tile == 0 && first < last)
             clear_values(stage_mem + stage * STAGE_BYTES + R_BYTES + w.group * KV_BYTES + K_BYTES, w.lane, first, last);
           fence_proxy_async();
-          __syncwarp();
+          if (RT > 1) named_barrier(1, 32 * WARPS);  // the row tiles share V
+          else __syncwarp();
         }
 #pragma unroll 1
         for (int from = w.slice * SLICE; from < (w.slice + 1) * SLICE; from += STEP)
@@ -367,6 +374,9 @@ DEVICE void consume(const GqaDecode& a, unsigned char* stage_mem, u32 full, u32 
   }
 }
 
+// For the host: block, dynamic shared memory, groups a CTA.
+extern "C" __device__ const int gqa_decode_launch[3] = {GQA_THREADS, GQA_SMEM, NG};
+
 extern "C" __global__ void __launch_bounds__(GQA_THREADS, 1) gqa_decode(const GqaDecode a) {
   extern __shared__ __align__(1024) unsigned char dynamic[];
   __shared__ u64 bars[2 * STAGES];
@@ -384,6 +394,11 @@ extern "C" __global__ void __launch_bounds__(GQA_THREADS, 1) gqa_decode(const Gq
   grid_wait();
   grid_launch_dependents();
 
-  if (threadIdx.x / 32 == WARPS) produce(a, smem_addr(stage_mem), full, empty);
-  else consume(a, stage_mem, full, empty, stats);
+  if (threadIdx.x / 32 >= WARPS) {
+    if (SHIFT_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x / 32 == WARPS) produce(a, smem_addr(stage_mem), full, empty);
+  } else {
+    if (SHIFT_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    consume(a, stage_mem, full, empty, stats);
+  }
 }

@@ -73,6 +73,9 @@ DEVICE void copy_block(const GqaDecode& a, u16* stage, int block, int group, int
   cp_async_commit();
 }
 
+// For the host: block, dynamic shared memory, row groups a KV group.
+extern "C" __device__ const int gqa_decode_portable_launch[3] = {THREADS, PORTABLE_SMEM, ROW_TILES};
+
 extern "C" __global__ void __launch_bounds__(THREADS) gqa_decode_portable(const GqaDecode a) {
   extern __shared__ __align__(16) unsigned char dynamic[];
   __shared__ float2 stats[WARPS][16];

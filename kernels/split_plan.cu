@@ -16,24 +16,38 @@
 
 struct SplitPlan {
   const int* lens;  // [batch] tokens in the cache, the new ones included; 0 is padding
-  int4* team;       // [teams] {first sequence, its first block, blocks in all, 0}
+  int4* team;       // [teams] {first sequence, its first block, blocks in all, its tokens}
   int2* seq;        // [batch] {first partial result, number of them}
   int batch;        // at most PLAN_MAX_BATCH
   int teams;
-  int min_blocks;   // a team gets no fewer, so that short work is not cut to dust
+  int min_blocks;   // a team gets no fewer; 0: weigh a part's blocks against the number of parts to combine
 };
+
+// A block of a part costs the attention kernel about PART_COST times what a part
+// of a sequence costs the combination; the sum of both is least here. (Seen on an
+// H200 with one sequence of 1024 to 16384 tokens.)
+#define PART_COST 20.f
+
+DEVICE int balanced_teams(int blocks, int sequences) {
+  const int most = max(1, min(blocks, (int)sqrtf(PART_COST * (float)blocks * (float)sequences)));
+  return ceil_div(blocks, ceil_div(blocks, most));  // no more than the longest part needs
+}
 
 // grid 1, block PLAN_THREADS
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS) split_plan(const SplitPlan a) {
   __shared__ int start[PLAN_MAX_BATCH + 1];  // blocks before sequence b
+  __shared__ int sequences;                  // that are not padding
   const int tid = threadIdx.x;
   grid_wait();
 
+  for (int b = tid; b < a.batch; b += PLAN_THREADS) start[b + 1] = ceil_div(max(a.lens[b], 0), BLOCK);
+  __syncthreads();
   if (tid < 32) {
-    int sum = 0;
+    int sum = 0, filled = 0;
     for (int base = 0; base < a.batch; base += 32) {
       const int b = base + tid;
-      int x = b < a.batch ? ceil_div(max(a.lens[b], 0), BLOCK) : 0;
+      int x = b < a.batch ? start[b + 1] : 0;
+      filled += __popc(__ballot_sync(0xffffffffu, x > 0));
 #pragma unroll
       for (int o = 1; o < 32; o <<= 1) {
         const int y = __shfl_up_sync(0xffffffffu, x, o);
@@ -42,13 +56,13 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS) split_plan(const Spli
       if (b < a.batch) start[b + 1] = sum + x;
       sum += __shfl_sync(0xffffffffu, x, 31);
     }
-    if (tid == 0) start[0] = 0;
+    if (tid == 0) start[0] = 0, sequences = filled;
   }
   __syncthreads();
 
   // The first `extra` teams take `each` + 1 blocks, the others `each`.
   const int total = start[a.batch];
-  const int used = min(a.teams, max(1, total / max(1, a.min_blocks)));
+  const int used = max(1, min(a.teams, a.min_blocks > 0 ? total / a.min_blocks : balanced_teams(total, sequences)));
   const int each = total / used, extra = total % used;
 
   for (int t = tid; t < a.teams; t += PLAN_THREADS) {
@@ -63,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS) split_plan(const Spli
       }
       w.x = lo;
       w.y = first - start[lo];
+      w.w = a.lens[lo];
     }
     a.team[t] = w;
   }
