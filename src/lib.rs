@@ -13,5 +13,6 @@ pub mod engine;
 pub mod error;
 pub mod model;
 pub mod plan;
+pub mod text;
 
 pub use error::{Error, Result};

@@ -1,0 +1,320 @@
+//! Rank 0's loop: take commands, plan a step, tell the ranks, compute, sample, hand tokens out.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_channel::{Sender, TrySendError};
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+
+use crate::engine::message::{Message, Want};
+use crate::engine::request::{Event, Finished, Logprob, Reason, Request, Token};
+use crate::engine::runner::{Outputs, Run};
+use crate::engine::sampler;
+use crate::engine::scheduler::{Plan, Scheduler};
+use crate::engine::stats::Shared;
+use crate::error::{Error, Result};
+
+/// How often an idle coordinator makes sure that every rank still answers.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// What other threads ask of the coordinator.
+pub enum Command {
+    /// A validated request.
+    Submit(Box<Job>),
+    /// The stream was dropped.
+    Cancel(u64),
+    /// Finish what runs and stop, failing what is left at the deadline.
+    Drain(Instant),
+}
+
+/// A request on its way.
+pub struct Job {
+    /// Its number.
+    pub id: u64,
+    /// What is asked.
+    pub request: Request,
+    /// Where its events go.
+    pub events: Sender<Event>,
+    /// When it was submitted.
+    pub submitted: Instant,
+}
+
+/// A request being served.
+struct Active {
+    job: Job,
+    seed: u64,
+    tokens: usize,
+    first_token: Option<Instant>,
+    /// Prompt log-probabilities so far, one a position from the second on.
+    prompt_logprobs: Vec<Option<Logprob>>,
+}
+
+/// The loop's state.
+pub struct Coordinator {
+    runner: Box<dyn Run>,
+    scheduler: Scheduler,
+    commands: Receiver<Command>,
+    shared: Arc<Shared>,
+    eos: Vec<u32>,
+    active: BTreeMap<u64, Active>,
+    message: Vec<u8>,
+    /// Cut short at this moment, once draining.
+    deadline: Option<Instant>,
+}
+
+impl Coordinator {
+    /// A coordinator of a loaded runner.
+    pub fn new(
+        runner: Box<dyn Run>,
+        scheduler: Scheduler,
+        commands: Receiver<Command>,
+        shared: Arc<Shared>,
+        eos: Vec<u32>,
+    ) -> Coordinator {
+        let active = BTreeMap::new();
+        Coordinator { runner, scheduler, commands, shared, eos, active, message: vec![], deadline: None }
+    }
+
+    /// Serves until told to stop. On an error every stream is failed, and the other ranks are ended.
+    pub fn run(mut self) -> Result<()> {
+        let result = self.serve();
+        let why = match &result {
+            Ok(()) => Error::Stopped("it was shut down".into()),
+            Err(e) => e.clone(),
+        };
+        self.shared.stop(why.clone());
+        for a in std::mem::take(&mut self.active).into_values() {
+            finish(&self.shared, &a.job, Event::Failed(why.clone()));
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Submit(job) = command {
+                finish(&self.shared, &job, Event::Failed(why.clone()));
+            }
+        }
+        match &result {
+            Ok(()) => self.tell(&Message::Shutdown),
+            Err(e) => {
+                if self.runner.comm().world() > 1 {
+                    // Readers of the streams get their last event before this process ends with the others.
+                    std::thread::sleep(Duration::from_millis(300));
+                    self.runner.comm().abort(e.exit_code(), &e.to_string());
+                }
+                result
+            }
+        }
+    }
+
+    fn serve(&mut self) -> Result<()> {
+        loop {
+            if !self.take_commands()? {
+                return Ok(());
+            }
+            let Some(plan) = self.scheduler.plan() else { continue };
+            self.step(plan)?;
+        }
+    }
+
+    /// Takes what has come; waits while there is nothing to compute. False: it is time to stop.
+    fn take_commands(&mut self) -> Result<bool> {
+        loop {
+            let idle = self.active.is_empty();
+            if self.deadline.is_some_and(|d| idle || Instant::now() >= d) {
+                return Ok(false);
+            }
+            let command = if idle {
+                match self.commands.recv_timeout(HEARTBEAT) {
+                    Ok(command) => command,
+                    Err(RecvTimeoutError::Timeout) => {
+                        self.heartbeat()?;
+                        continue;
+                    }
+                    Err(RecvTimeoutError::Disconnected) => return Ok(false),
+                }
+            } else {
+                match self.commands.try_recv() {
+                    Ok(command) => command,
+                    Err(crossbeam_channel::TryRecvError::Empty) => return Ok(true),
+                    // The engine's handle is gone: finish what streams are still read.
+                    Err(crossbeam_channel::TryRecvError::Disconnected) => return Ok(true),
+                }
+            };
+            match command {
+                Command::Submit(job) => self.admit(*job),
+                Command::Cancel(id) => self.cancel(id),
+                Command::Drain(deadline) => {
+                    self.deadline = Some(self.deadline.map_or(deadline, |d| d.min(deadline)));
+                }
+            }
+        }
+    }
+
+    fn heartbeat(&mut self) -> Result<()> {
+        if self.runner.comm().world() > 1 {
+            self.shared.beat_begins();
+            self.tell(&Message::Heartbeat)?;
+            self.runner.comm().barrier()?;
+        }
+        self.shared.beat_ends();
+        Ok(())
+    }
+
+    fn tell(&mut self, message: &Message) -> Result<()> {
+        if self.runner.comm().world() > 1 {
+            message.encode(&mut self.message);
+            self.runner.comm().broadcast(&mut self.message, None)?;
+        }
+        Ok(())
+    }
+
+    fn admit(&mut self, job: Job) {
+        let r = &job.request;
+        if r.max_tokens == 0 && r.prompt_logprobs.is_none() {
+            let done = finished(&job, Reason::Length, 0, None);
+            return finish(&self.shared, &job, Event::Finished(done));
+        }
+        self.scheduler.add(job.id, r.prompt.clone(), r.prompt_logprobs.is_some());
+        let seed = r.sampling.seed.unwrap_or_else(|| self.shared.draw_seed());
+        let active = Active { seed, tokens: 0, first_token: None, prompt_logprobs: vec![None], job };
+        self.active.insert(active.job.id, active);
+    }
+
+    fn cancel(&mut self, id: u64) {
+        self.scheduler.remove(id);
+        if let Some(active) = self.active.remove(&id) {
+            self.shared.cancelled(&active.job);
+        }
+        self.shared.blocks(self.scheduler.blocks(), self.scheduler.counts());
+    }
+
+    fn step(&mut self, plan: Plan) -> Result<()> {
+        let began = Instant::now();
+        let mut step = plan.step;
+        let greedy = |id: &u64| self.active.get(id).is_none_or(|a| a.job.request.greedy_only());
+        step.want = if plan.outputs.iter().all(|(id, _)| greedy(id)) { Want::Argmax } else { Want::Logits };
+        let rows = step.tokens.len();
+        let _span = tracing::debug_span!("step", number = step.number, rows, sequences = step.spans.len()).entered();
+        self.shared.beat_begins();
+        let message = Message::Step(step);
+        self.tell(&message)?;
+        let Message::Step(step) = message else { return Ok(()) };
+        let mut outputs = self.runner.execute(&step)?.clone();
+        let reduce = self.runner.reduce_time();
+        self.shared.beat_ends();
+        self.shared.blocks(self.scheduler.blocks(), self.scheduler.counts());
+        let mut emitted = 0;
+        let vocab = outputs.logits.len() / plan.outputs.len().max(1);
+        for (row, (id, position)) in plan.outputs.iter().enumerate() {
+            let logits = row * vocab..(row + 1) * vocab;
+            emitted += self.output(*id, *position, row, logits, &mut outputs);
+        }
+        self.shared.stepped(rows, emitted, began.elapsed(), reduce, self.scheduler.preemptions);
+        Ok(())
+    }
+
+    /// One output row: a prompt position to score, or the end of the sequence, where the next token is drawn.
+    /// Returns the tokens drawn (0 or 1).
+    fn output(
+        &mut self,
+        id: u64,
+        position: usize,
+        row: usize,
+        logits: std::ops::Range<usize>,
+        outputs: &mut Outputs,
+    ) -> usize {
+        let Some(active) = self.active.get_mut(&id) else { return 0 };
+        let tokens = self.scheduler.tokens(id);
+        let prompt = active.job.request.prompt.len();
+        if let Some(top) = active.job.request.prompt_logprobs {
+            // A sequence computed again after a pre-emption comes past positions that are done.
+            if position + 1 < prompt && active.prompt_logprobs.len() == position + 1 {
+                let scored = sampler::logprob(&outputs.logits[logits.clone()], tokens[position + 1], top);
+                active.prompt_logprobs.push(Some(scored));
+            }
+            if position + 1 == prompt && active.tokens == 0 {
+                let all = std::mem::take(&mut active.prompt_logprobs);
+                if send(&active.job.events, Event::Prompt(all)).is_err() {
+                    self.cancel(id);
+                    return 0;
+                }
+                if active.job.request.max_tokens == 0 {
+                    self.end(id, Reason::Length);
+                    return 0;
+                }
+            }
+        }
+        if position + 1 < tokens.len() {
+            return 0;
+        }
+        let request = &active.job.request;
+        let ends = |t: u32| (!request.ignore_eos && self.eos.contains(&t)) || request.stop_tokens.contains(&t);
+        let mut scored = None;
+        let token = if logits.is_empty() {
+            outputs.best[row]
+        } else {
+            let logits = &mut outputs.logits[logits];
+            let original = request.logprobs.map(|_| logits.to_vec());
+            let (before, text) = tokens.split_at(prompt);
+            let mut banned = vec![];
+            if text.len() < request.min_tokens {
+                banned.extend(self.eos.iter().chain(&request.stop_tokens).copied());
+            }
+            let token = sampler::sample(&request.sampling, active.seed, logits, before, text, &banned);
+            scored = original.zip(request.logprobs).map(|(l, top)| sampler::logprob(&l, token, top));
+            token
+        };
+        active.tokens += 1;
+        let now = Instant::now();
+        if active.first_token.is_none() {
+            active.first_token = Some(now);
+            self.shared.first_token(now - active.job.submitted);
+        }
+        if ends(token) {
+            self.end(id, Reason::Stop);
+            return 1;
+        }
+        let (count, limit) = (active.tokens, request.max_tokens);
+        match send(&active.job.events, Event::Token(Token { id: token, logprob: scored })) {
+            Err(()) => self.cancel(id),
+            Ok(()) if count >= limit => self.end(id, Reason::Length),
+            Ok(()) => self.scheduler.push(id, token),
+        }
+        1
+    }
+
+    fn end(&mut self, id: u64, reason: Reason) {
+        self.scheduler.remove(id);
+        self.shared.blocks(self.scheduler.blocks(), self.scheduler.counts());
+        if let Some(a) = self.active.remove(&id) {
+            let done = finished(&a.job, reason, a.tokens, a.first_token);
+            finish(&self.shared, &a.job, Event::Finished(done));
+        }
+    }
+}
+
+fn finished(job: &Job, reason: Reason, tokens: usize, first: Option<Instant>) -> Finished {
+    Finished {
+        reason,
+        prompt_tokens: job.request.prompt.len(),
+        cached_tokens: 0,
+        tokens,
+        ttft: first.map_or(Duration::ZERO, |f| f - job.submitted),
+        total: job.submitted.elapsed(),
+    }
+}
+
+/// The one terminal event.
+fn finish(shared: &Shared, job: &Job, event: Event) {
+    shared.finished(job, &event);
+    // A reader that is gone or has stopped reading loses the event with the stream.
+    let _ = send(&job.events, event);
+    job.events.close();
+}
+
+/// Hands an event to a stream; an error when nobody reads it or it has fallen behind by the whole channel.
+fn send(events: &Sender<Event>, event: Event) -> std::result::Result<(), ()> {
+    match events.try_send(event) {
+        Ok(()) => Ok(()),
+        Err(TrySendError::Full(_) | TrySendError::Closed(_)) => Err(()),
+    }
+}

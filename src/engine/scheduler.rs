@@ -1,0 +1,217 @@
+//! Which sequences compute what in the next step, and who holds which block. Touches no tensors.
+//!
+//! A sequence is its tokens and how many of them are in the cache. One token short of the end is decoding; more is
+//! prefill, a chunk at a time. When blocks run out the youngest sequence gives up its own and computes them again later.
+
+use std::collections::{HashMap, VecDeque};
+
+use crate::cache::BLOCK;
+use crate::cache::pool::Pool;
+use crate::engine::message::{Step, StepSpan};
+
+/// Bounds of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Sequences running at once.
+    pub sequences: usize,
+    /// Tokens a step.
+    pub step_tokens: usize,
+    /// Blocks in the cache of every rank.
+    pub blocks: usize,
+}
+
+#[derive(Debug)]
+struct Sequence {
+    tokens: Vec<u32>,
+    /// Tokens in the cache.
+    computed: usize,
+    blocks: Vec<u32>,
+    /// Blocks of `blocks` that the ranks know of.
+    told: usize,
+    slot: Option<u32>,
+    /// Rows of every prompt position are wanted (prompt log-probabilities).
+    all_rows: bool,
+}
+
+/// The scheduler's state.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: Limits,
+    pool: Pool,
+    slots: Vec<u32>,
+    sequences: HashMap<u64, Sequence>,
+    waiting: VecDeque<u64>,
+    /// Oldest first.
+    running: Vec<u64>,
+    step: u32,
+    /// Sequences made to compute their cache again, since the start.
+    pub preemptions: u64,
+}
+
+/// A planned step and whose rows its outputs are.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Plan {
+    /// What the ranks are told.
+    pub step: Step,
+    /// A sequence of each output row, in order, and the position of that row in the sequence.
+    pub outputs: Vec<(u64, usize)>,
+}
+
+impl Scheduler {
+    /// Nothing waiting, all blocks free.
+    pub fn new(limits: Limits) -> Scheduler {
+        Scheduler {
+            limits,
+            pool: Pool::new(limits.blocks),
+            slots: (0..limits.sequences as u32).rev().collect(),
+            sequences: HashMap::new(),
+            waiting: VecDeque::new(),
+            running: vec![],
+            step: 0,
+            preemptions: 0,
+        }
+    }
+
+    /// Queues a sequence. `id` must be new.
+    pub fn add(&mut self, id: u64, prompt: Vec<u32>, all_rows: bool) {
+        let sequence = Sequence { tokens: prompt, computed: 0, blocks: vec![], told: 0, slot: None, all_rows };
+        self.sequences.insert(id, sequence);
+        self.waiting.push_back(id);
+    }
+
+    /// Appends the token that the last step's output gave.
+    pub fn push(&mut self, id: u64, token: u32) {
+        if let Some(s) = self.sequences.get_mut(&id) {
+            s.tokens.push(token);
+        }
+    }
+
+    /// Forgets a sequence, finished or cancelled, and frees what it held.
+    pub fn remove(&mut self, id: u64) {
+        self.waiting.retain(|w| *w != id);
+        self.running.retain(|r| *r != id);
+        if let Some(s) = self.sequences.remove(&id) {
+            self.pool.give(s.blocks);
+            self.slots.extend(s.slot);
+        }
+    }
+
+    /// A sequence's tokens, prompt first.
+    pub fn tokens(&self, id: u64) -> &[u32] {
+        self.sequences.get(&id).map_or(&[], |s| &s.tokens)
+    }
+
+    /// Sequences that run, and that wait.
+    pub fn counts(&self) -> (usize, usize) {
+        (self.running.len(), self.waiting.len())
+    }
+
+    /// Blocks free, and in all.
+    pub fn blocks(&self) -> (usize, usize) {
+        (self.pool.free(), self.pool.total())
+    }
+
+    /// The next step, or `None` when there is nothing to compute. The plan counts as computed once it is returned.
+    pub fn plan(&mut self) -> Option<Plan> {
+        let mut plan = Plan::default();
+        let mut budget = self.limits.step_tokens;
+        // Oldest first, so that whoever loses its blocks below has not been scheduled yet. A long prompt leaves one
+        // row for every sequence that decodes behind it.
+        let order = self.running.clone();
+        let mut decoding = order.iter().filter(|id| self.rest(**id) == 1).count();
+        for id in order {
+            if !self.running.contains(&id) {
+                continue;
+            }
+            let decodes = self.rest(id) == 1;
+            decoding -= usize::from(decodes);
+            let share = budget.saturating_sub(decoding);
+            if share > 0 && self.make_room(id, share) {
+                budget -= self.schedule(id, share, &mut plan);
+            }
+        }
+        while budget > 0 && self.running.len() < self.limits.sequences {
+            let Some(id) = self.waiting.front().copied() else { break };
+            let needed = self.rest(id).min(budget).div_ceil(BLOCK);
+            if self.pool.free() < needed {
+                break;
+            }
+            self.waiting.pop_front();
+            self.running.push(id);
+            if let Some(s) = self.sequences.get_mut(&id) {
+                s.slot = self.slots.pop();
+            }
+            budget -= self.schedule(id, budget, &mut plan);
+        }
+        if plan.step.spans.is_empty() {
+            return None;
+        }
+        self.step = self.step.wrapping_add(1);
+        plan.step.number = self.step;
+        Some(plan)
+    }
+
+    /// Tokens of a sequence that are not in the cache.
+    fn rest(&self, id: u64) -> usize {
+        self.sequences.get(&id).map_or(0, |s| s.tokens.len() - s.computed)
+    }
+
+    /// Frees blocks, the youngest sequence's first, until the next chunk of `id` fits; false when `id` itself had to go.
+    fn make_room(&mut self, id: u64, budget: usize) -> bool {
+        loop {
+            let Some(s) = self.sequences.get(&id) else { return false };
+            let end = s.computed + (s.tokens.len() - s.computed).min(budget);
+            if end.div_ceil(BLOCK) <= s.blocks.len() + self.pool.free() {
+                return true;
+            }
+            let Some(youngest) = self.running.pop() else { return false };
+            self.preempt(youngest);
+            if youngest == id {
+                return false;
+            }
+        }
+    }
+
+    /// Takes everything from a sequence; it computes its tokens again, before anyone who waits.
+    fn preempt(&mut self, id: u64) {
+        if let Some(s) = self.sequences.get_mut(&id) {
+            self.pool.give(s.blocks.drain(..));
+            self.slots.extend(s.slot.take());
+            (s.computed, s.told) = (0, 0);
+            self.waiting.push_front(id);
+            self.preemptions += 1;
+        }
+    }
+
+    /// Adds the next chunk of `id` to the plan and returns its rows. There is room for it.
+    fn schedule(&mut self, id: u64, budget: usize, plan: &mut Plan) -> usize {
+        let Some(s) = self.sequences.get_mut(&id) else { return 0 };
+        let rows = (s.tokens.len() - s.computed).min(budget);
+        let end = s.computed + rows;
+        let missing = end.div_ceil(BLOCK).saturating_sub(s.blocks.len());
+        let Some(taken) = self.pool.take(missing) else { return 0 };
+        s.blocks.extend(taken);
+        let first = plan.step.tokens.len();
+        plan.step.spans.push(StepSpan {
+            slot: s.slot.unwrap_or(0),
+            rows: rows as u32,
+            context: end as u32,
+            keep: s.told as u32,
+            blocks: s.blocks[s.told..].to_vec(),
+        });
+        plan.step.tokens.extend(&s.tokens[s.computed..end]);
+        let wanted = if s.all_rows {
+            s.computed..end
+        } else if end == s.tokens.len() {
+            end - 1..end
+        } else {
+            end..end
+        };
+        for position in wanted {
+            plan.step.outputs.push((first + position - s.computed) as u32);
+            plan.outputs.push((id, position));
+        }
+        (s.computed, s.told) = (end, s.blocks.len());
+        rows
+    }
+}
