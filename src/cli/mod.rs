@@ -1,6 +1,9 @@
 //! The command line: one file a subcommand, each with its `Args` and a `run`.
 
+mod generate;
 mod plan;
+mod score;
+mod world;
 
 use std::process::ExitCode;
 
@@ -23,6 +26,9 @@ Exit codes:
 
 const EXAMPLES: &str = "\
 Examples:
+  gqla generate --model checkpoints/tiny-glm-gqla --prompt \"def fibonacci(n):\"
+  gqla generate --model checkpoints/tiny-glm-gqla --prompt \"import os\" --tp 8 --path gqla
+  gqla score --model checkpoints/tiny-glm-gqla --perplexity held-out.u16 --window 512
   gqla plan --model glm-4.7-flash-gqla --hardware h200 --tp 4
   gqla plan --model path/to/checkpoint --hardware h20 --tp 8 --batch 64 --context 32768 --json
 ";
@@ -44,6 +50,10 @@ fn help_tail() -> String {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Continue a prompt, streaming
+    Generate(generate::Args),
+    /// Logits of token lists, or perplexity
+    Score(score::Args),
     /// What a decode step costs on each path, and which path to take; needs no checkpoint and no GPU.
     Plan(plan::Args),
 }
@@ -53,6 +63,8 @@ pub fn main() -> ExitCode {
     // clap prints its own errors, --help and --version, and exits with 2, 0 and 0.
     let cli = Cli::parse();
     let done = match cli.command {
+        Command::Generate(args) => generate::run(args),
+        Command::Score(args) => score::run(args),
         Command::Plan(args) => plan::run(args),
     };
     match done {

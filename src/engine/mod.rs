@@ -9,6 +9,7 @@ pub mod request;
 pub mod runner;
 pub mod sampler;
 pub mod scheduler;
+pub mod scorer;
 pub mod setup;
 pub mod stats;
 pub mod worker;

@@ -95,7 +95,7 @@ pub fn load(config: &Config, comm: &mut Option<Box<dyn Communicator>>) -> Result
     c.set_watchdog(config.watchdog);
     let shard = Shard { rank: c.rank(), world: c.world() };
     let model = ModelConfig::load(&config.model)?;
-    let (path, path_reason) = choose(config, &model, shard.world)?;
+    let (path, path_reason) = choose(config, &model, shard.world, c.local().1)?;
     let owned = shard.owned(&model, path)?;
     let layout = Layout::of(&model, &owned);
     let (on_host, max_context, blocks) = {
@@ -154,13 +154,15 @@ pub fn load(config: &Config, comm: &mut Option<Box<dyn Communicator>>) -> Result
 }
 
 /// The path asked for, checked against the world size, or the cost model's.
-fn choose(config: &Config, model: &ModelConfig, world: usize) -> Result<(Path, String)> {
+fn choose(config: &Config, model: &ModelConfig, world: usize, on_host: usize) -> Result<(Path, String)> {
     if let Some(path) = config.path {
         crate::model::shard::check(model, path, world)?;
         return Ok((path, "asked for".into()));
     }
     let load = plan::Load { batch: 1, context: model.max_position.min(4096), s_q: 1 };
-    let choice = plan::choose(model, &plan::Hardware::cpu(), world, &load)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let hardware = plan::Hardware::cpu_share(cores, on_host, available_memory() as f64 / on_host.max(1) as f64);
+    let choice = plan::choose(model, &hardware, world, &load)?;
     Ok((choice.path, choice.reason))
 }
 
