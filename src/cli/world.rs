@@ -109,7 +109,7 @@ fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {
     let comm: Box<dyn Communicator> = match MpiComm::init()? {
         Some(comm) => Box::new(comm),
         None => match tp {
-            Some(world) if world > 1 => return Err(launch::relaunch(world as usize)),
+            Some(world) if world > 1 => match launch::relaunch(world as usize)? {},
             _ => Box::new(OneComm::new()),
         },
     };

@@ -1,0 +1,201 @@
+//! `gqla generate` under mpirun: what a user sees when a rank dies, stalls, disagrees, or ctrl-C is pressed.
+
+#[path = "common/mod.rs"]
+mod common;
+#[path = "common/model.rs"]
+mod model;
+
+use std::io::Read;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{alive, mpirun, signal, until};
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A generation under mpirun that streams for long enough to be disturbed.
+struct Run {
+    child: Child,
+    stderr: std::thread::JoinHandle<String>,
+}
+
+fn start(ranks: usize, extra: &[&str], prompt: &str) -> Run {
+    let mut command = mpirun(ranks);
+    command.arg(env!("CARGO_BIN_EXE_gqla")).args(["generate", "--max-tokens", "3000", "--ignore-eos", "--prompt", prompt]);
+    command.arg("--model").arg(model::checkpoint("tiny-glm-gqla").0).args(extra);
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stderr = child.stderr.take().unwrap();
+    let stderr = std::thread::spawn(move || {
+        let mut text = vec![];
+        let _ = stderr.read_to_end(&mut text);
+        String::from_utf8_lossy(&text).into_owned()
+    });
+    Run { child, stderr }
+}
+
+impl Run {
+    /// The process of `rank`, once it has been started.
+    fn pid(&self, rank: usize) -> u32 {
+        let mut found = None;
+        until("the rank is there", LIMIT, || {
+            found = pids(self.child.id()).into_iter().find(|(r, _)| *r == rank).map(|p| p.1);
+            found.is_some()
+        });
+        found.unwrap()
+    }
+
+    /// Waits for the first streamed bytes.
+    fn streaming(&mut self) {
+        let mut byte = [0; 16];
+        assert!(self.child.stdout.as_mut().unwrap().read(&mut byte).unwrap() > 0, "nothing was streamed");
+    }
+
+    /// mpirun ends within the limit, unsuccessfully, and no rank is left. Returns stderr.
+    fn ends(mut self, ranks: &[u32], limit: Duration) -> (i32, String) {
+        let begin = Instant::now();
+        // What is still streamed must not block the ranks.
+        let mut stdout = self.child.stdout.take().unwrap();
+        std::thread::spawn(move || std::io::copy(&mut stdout, &mut std::io::sink()));
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if begin.elapsed() > limit {
+                let _ = self.child.kill();
+                panic!("mpirun still runs after {limit:?}");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        until("all ranks are gone", limit, || !ranks.iter().any(|p| alive(*p)));
+        assert!(!status.success());
+        (status.code().unwrap_or(-1), self.stderr.join().unwrap())
+    }
+
+    fn all(&self, ranks: usize) -> Vec<u32> {
+        (0..ranks).map(|r| self.pid(r)).collect()
+    }
+}
+
+/// The ranks that `mpirun` has started: (rank, process).
+fn pids(mpirun: u32) -> Vec<(usize, u32)> {
+    let mut found = vec![];
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let read = |name: &str| std::fs::read(entry.path().join(name)).unwrap_or_default();
+        let stat = String::from_utf8_lossy(&read("stat")).into_owned();
+        let parent = stat.rsplit(')').next().and_then(|s| s.split_whitespace().nth(1)?.parse::<u32>().ok());
+        // Between fork and exec a rank still is mpirun, without its environment.
+        let name = String::from_utf8_lossy(&read("comm")).trim().to_string();
+        if parent != Some(mpirun) || name != "gqla" {
+            continue;
+        }
+        let environ = read("environ");
+        let rank = environ.split(|b| *b == 0).find_map(|v| v.strip_prefix(b"OMPI_COMM_WORLD_RANK="));
+        if let Some(rank) = rank.and_then(|r| std::str::from_utf8(r).ok()?.parse().ok()) {
+            found.push((rank, pid));
+        }
+    }
+    found
+}
+
+const SHORT: &str = "def fibonacci(n):";
+
+#[test]
+fn a_killed_rank_ends_all_in_decode() {
+    for victim in [0, 1, 3] {
+        let mut run = start(4, &[], SHORT);
+        run.streaming();
+        let ranks = run.all(4);
+        signal(ranks[victim], "KILL");
+        let (_, stderr) = run.ends(&ranks, LIMIT);
+        assert!(stderr.contains(&format!("rank {victim}")), "rank {victim} is not named:\n{stderr}");
+    }
+}
+
+#[test]
+fn a_killed_rank_ends_all_while_loading_and_in_prefill() {
+    for (pause, prompt) in [(0, SHORT.to_string()), (60, "x = 1\n".repeat(900))] {
+        let run = start(2, &["--step-tokens", "64"], &prompt);
+        let ranks = run.all(2);
+        std::thread::sleep(Duration::from_millis(pause));
+        signal(ranks[1], "KILL");
+        let (_, stderr) = run.ends(&ranks, LIMIT);
+        assert!(stderr.contains("rank 1"), "rank 1 is not named:\n{stderr}");
+    }
+}
+
+#[test]
+fn a_stopped_rank_ends_all_after_the_watchdog() {
+    for victim in [0, 1] {
+        let mut run = start(2, &["--watchdog", "2"], SHORT);
+        run.streaming();
+        let ranks = run.all(2);
+        signal(ranks[victim], "STOP");
+        let (_, stderr) = run.ends(&ranks, LIMIT + Duration::from_secs(2));
+        assert!(stderr.contains(&format!("rank {victim}")), "rank {victim} is not named:\n{stderr}");
+    }
+}
+
+#[test]
+fn interrupting_mpirun_ends_all_at_once() {
+    let mut run = start(2, &[], SHORT);
+    run.streaming();
+    let ranks = run.all(2);
+    signal(run.child.id(), "INT");
+    run.ends(&ranks, LIMIT);
+}
+
+#[test]
+fn an_interrupt_alone_exits_with_130() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_gqla"))
+        .args(["generate", "--max-tokens", "3000", "--ignore-eos", "--prompt", SHORT, "--model"])
+        .arg(model::checkpoint("tiny-glm-gqla").0)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut byte = [0; 4];
+    assert!(child.stdout.as_mut().unwrap().read(&mut byte).unwrap() > 0);
+    signal(child.id(), "INT");
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert!(String::from_utf8_lossy(&output.stderr).trim_end().ends_with("gqla: interrupted"));
+}
+
+#[test]
+fn ranks_that_see_different_checkpoints_are_refused_by_name() {
+    // Rank 1 is told another directory: the same model but for one byte of a weight file's header.
+    let other = tempfile::tempdir().unwrap();
+    let from = model::checkpoint("tiny-llama-gqa").0;
+    for file in std::fs::read_dir(&from).unwrap().flatten() {
+        std::fs::copy(file.path(), other.path().join(file.file_name())).unwrap();
+    }
+    let config = other.path().join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, text.replace("1e-05", "1e-06")).unwrap();
+    let script = r#"[ "$OMPI_COMM_WORLD_RANK" = 1 ] && m="$2" || m="$1"; exec "$0" generate --prompt x --model "$m""#;
+    let mut command = mpirun(2);
+    command.args(["sh", "-c", script, env!("CARGO_BIN_EXE_gqla")]).arg(&from).arg(other.path());
+    let output = common::Job::start(&mut command).end_within(Duration::from_secs(20));
+    assert!(!output.status.success());
+    assert!(output.stderr.contains("rank 1") && output.stderr.contains("checkpoint"), "{}", output.stderr);
+}
+
+#[test]
+fn a_truncated_checkpoint_is_one_message() {
+    let broken = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(model::checkpoint("tiny-llama-gqa").0).unwrap().flatten() {
+        std::fs::copy(file.path(), broken.path().join(file.file_name())).unwrap();
+    }
+    let weights = broken.path().join("model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_gqla"))
+        .args(["generate", "--prompt", "x", "--model"])
+        .arg(broken.path())
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!((output.status.code(), stderr.lines().count()), (Some(3), 1), "{stderr}");
+    assert!(stderr.contains("model.safetensors") && output.stdout.is_empty(), "{stderr}");
+}
