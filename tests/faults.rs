@@ -21,7 +21,14 @@ struct Run {
 
 fn start(ranks: usize, extra: &[&str], prompt: &str) -> Run {
     let mut command = mpirun(ranks);
-    command.arg(env!("CARGO_BIN_EXE_gqla")).args(["generate", "--max-tokens", "3000", "--ignore-eos", "--prompt", prompt]);
+    command.arg(env!("CARGO_BIN_EXE_gqla")).args([
+        "generate",
+        "--max-tokens",
+        "3000",
+        "--ignore-eos",
+        "--prompt",
+        prompt,
+    ]);
     command.arg("--model").arg(model::checkpoint("tiny-glm-gqla").0).args(extra);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stderr = child.stderr.take().unwrap();

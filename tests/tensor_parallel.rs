@@ -14,7 +14,8 @@ fn prompts(name: &str) -> Vec<Vec<u32>> {
 
 #[test]
 fn world_sizes_and_paths_give_the_same_logits() {
-    for name in ["tiny-llama-gqa", "tiny-glm-gqla", "tiny-glm-mla", "realhead-h32g8", "oddheads-yarn-moe", "deepseek-v3-mla"]
+    for name in
+        ["tiny-llama-gqa", "tiny-glm-gqla", "tiny-glm-mla", "realhead-h32g8", "oddheads-yarn-moe", "deepseek-v3-mla"]
     {
         let prompts = prompts(name);
         let config = ModelConfig::load(&model::checkpoint(name).0).unwrap();
@@ -71,10 +72,9 @@ fn caches_hold_what_the_paths_promise() {
     let model_config = ModelConfig::load(&model::checkpoint("tiny-glm-gqla").0).unwrap();
     let Attention::Latent(a) = &model_config.attention else { panic!("a latent model") };
     for world in [1, 2, 4, 8] {
-        for (path, elements) in [
-            (Path::Gqa, a.groups / world * (a.nope + a.value) + a.rope),
-            (Path::Absorb, a.kv_rank + a.rope),
-        ] {
+        for (path, elements) in
+            [(Path::Gqa, a.groups / world * (a.nope + a.value) + a.rope), (Path::Absorb, a.kv_rank + a.rope)]
+        {
             let engine = Engine::start_threads(model::config("tiny-glm-gqla", Some(path)), world).unwrap();
             let info = engine.info();
             assert_eq!(info.layout.elements(), elements);

@@ -281,4 +281,6 @@ pub trait Backend: Send + Sized {
     fn reduce_time(&mut self) -> Duration;
     /// The communicator that the control plane also uses.
     fn comm(&mut self) -> &mut dyn crate::comm::Communicator;
+    /// Gives the communicator back when the device is done with.
+    fn into_comm(self) -> Box<dyn crate::comm::Communicator>;
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::comm::{Communicator, one::OneComm};
+use crate::comm::Communicator;
 use crate::engine::setup::Config;
 use crate::engine::{self};
 use crate::error::{Error, Result};
@@ -92,7 +92,11 @@ impl ModelArgs {
 
 /// Runs `lead` on rank 0 and the worker's loop elsewhere. Outside mpirun this is a world of one, or, with `--tp`, the
 /// command started again under mpirun.
-pub fn run(args: &ModelArgs, config: Config, lead: impl FnOnce(Config, Box<dyn Communicator>) -> Result<()>) -> Result<()> {
+pub fn run(
+    args: &ModelArgs,
+    config: Config,
+    lead: impl FnOnce(Config, Box<dyn Communicator>) -> Result<()>,
+) -> Result<()> {
     let comm = world(args.tp)?;
     if comm.rank() == 0 {
         let mut config = config;
@@ -105,13 +109,10 @@ pub fn run(args: &ModelArgs, config: Config, lead: impl FnOnce(Config, Box<dyn C
 
 #[cfg(feature = "mpi")]
 fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {
-    use crate::comm::{launch, mpi::MpiComm};
-    let comm: Box<dyn Communicator> = match MpiComm::init()? {
-        Some(comm) => Box::new(comm),
-        None => match tp {
-            Some(world) if world > 1 => match launch::relaunch(world as usize)? {},
-            _ => Box::new(OneComm::new()),
-        },
+    use crate::comm::launch;
+    let comm = match tp {
+        Some(world) if world > 1 && launch::launched().is_none() => match launch::relaunch(world as usize)? {},
+        _ => crate::comm::connect()?,
     };
     agree_on_tp(&*comm, tp)?;
     Ok(comm)
@@ -119,7 +120,7 @@ fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {
 
 #[cfg(not(feature = "mpi"))]
 fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {
-    let comm: Box<dyn Communicator> = Box::new(OneComm::new());
+    let comm = crate::comm::connect()?;
     agree_on_tp(&*comm, tp)?;
     Ok(comm)
 }
@@ -148,8 +149,10 @@ fn loading_bar() -> engine::setup::LoadProgress {
 
 /// A progress bar on stderr; invisible when stderr is not a terminal.
 pub fn bar(length: u64, what: &'static str) -> ProgressBar {
-    let target = if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-    let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} {eta}").unwrap_or_else(|_| ProgressStyle::default_bar());
+    let target =
+        if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} {eta}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::with_draw_target(Some(length), target).with_style(style).with_message(what)
 }
 

@@ -93,7 +93,10 @@ impl Coordinator {
             }
         }
         match &result {
-            Ok(()) => self.tell(&Message::Shutdown),
+            Ok(()) => {
+                self.tell(&Message::Shutdown)?;
+                self.runner.finish()
+            }
             Err(e) => {
                 if self.runner.comm().world() > 1 {
                     // Readers of the streams get their last event before this process ends with the others.

@@ -195,10 +195,16 @@ pub fn run_worker(config: Config, comm: Box<dyn Communicator>) -> Result<()> {
     let mut comm = Some(comm);
     let result = setup::load(&config, &mut comm).map(|(runner, _)| runner);
     match result {
-        Ok(mut runner) => worker::serve(&mut *runner, config.watchdog).inspect_err(|e| {
-            runner.comm().abort(e.exit_code(), &e.to_string());
-        }),
+        Ok(mut runner) => match worker::serve(&mut *runner, config.watchdog) {
+            Ok(()) => runner.finish(),
+            Err(e) => {
+                runner.comm().abort(e.exit_code(), &e.to_string());
+                Err(e)
+            }
+        },
         Err(e) => {
+            // What is wrong with the checkpoint or the flags is wrong on every rank: rank 0 says it for all.
+            std::thread::sleep(Duration::from_secs(1));
             if let Some(comm) = comm.as_mut() {
                 comm.abort(e.exit_code(), &e.to_string());
             }

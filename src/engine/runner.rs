@@ -18,6 +18,8 @@ pub trait Run: Send {
     fn reduce_time(&mut self) -> Duration;
     /// What the caches of all layers really take, in bytes.
     fn cache_bytes(&self) -> usize;
+    /// The clean end: every rank comes here last.
+    fn finish(self: Box<Self>) -> Result<()>;
 }
 
 /// What a step gave for its output rows.
@@ -143,5 +145,9 @@ impl<B: Backend> Run for Runner<B> {
 
     fn cache_bytes(&self) -> usize {
         self.model.cache_bytes(&self.backend)
+    }
+
+    fn finish(self: Box<Self>) -> Result<()> {
+        self.backend.into_comm().finish()
     }
 }

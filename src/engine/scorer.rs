@@ -75,7 +75,8 @@ impl Scorer {
 
     /// Lets the other ranks go.
     pub fn finish(mut self) -> Result<()> {
-        self.tell(Message::Shutdown).map(drop)
+        self.tell(Message::Shutdown)?;
+        self.runner.finish()
     }
 
     /// Ends the other ranks after a failure here.

@@ -19,6 +19,9 @@ use crate::plan;
 /// Told while weights are read: parts done, parts in all.
 pub type LoadProgress = Arc<dyn Fn(usize, usize) + Send + Sync>;
 
+/// Ranks may read their weights at very different speeds: how long they wait for each other before the first step.
+const LOADING: Duration = Duration::from_secs(3600);
+
 /// How to start an engine. The same on every rank.
 #[derive(Clone)]
 pub struct Config {
@@ -92,7 +95,7 @@ pub fn load(config: &Config, comm: &mut Option<Box<dyn Communicator>>) -> Result
     let Some(c) = comm.as_mut() else {
         return Err(Error::Internal("a rank is loaded once".into()));
     };
-    c.set_watchdog(config.watchdog);
+    c.set_watchdog(LOADING);
     let shard = Shard { rank: c.rank(), world: c.world() };
     let model = ModelConfig::load(&config.model)?;
     let (path, path_reason) = choose(config, &model, shard.world, c.local().1)?;
@@ -137,6 +140,7 @@ pub fn load(config: &Config, comm: &mut Option<Box<dyn Communicator>>) -> Result
         }
     };
     backend.comm().barrier()?;
+    backend.comm().set_watchdog(config.watchdog);
     let cache_bytes_per_token = loaded.cache_bytes(&backend) / (blocks * BLOCK).max(1);
     let info = Info {
         path,
