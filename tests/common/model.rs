@@ -1,4 +1,5 @@
 //! Running checkpoints in tests: a world of threads in this process, and the reference outputs.
+#![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::path::{Path, PathBuf};
 

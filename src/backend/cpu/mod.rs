@@ -498,6 +498,10 @@ impl Backend for CpuBackend {
     fn comm(&mut self) -> &mut dyn Communicator {
         &mut *self.comm
     }
+
+    fn into_comm(self) -> Box<dyn Communicator> {
+        self.comm
+    }
 }
 
 /// Row `r` of a view.
