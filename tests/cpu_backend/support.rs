@@ -95,7 +95,7 @@ impl Communicator for Claimed {
     fn abort(&mut self, code: i32, why: &str) {
         panic!("abort {code}: {why}");
     }
-    fn finish(self: Box<Self>) -> Result<(), gqla::Error> {
+    fn finish(self: Box<Self>) -> Result<()> {
         Ok(())
     }
 }
