@@ -132,12 +132,13 @@ fn two_engines_live_in_one_process() {
 
 #[test]
 fn the_embedding_example_runs() {
-    // Cargo builds examples before integration tests run, beside their folder.
-    let mut program = std::env::current_exe().unwrap();
-    program.pop();
-    program.pop();
-    program.push("examples/embed");
-    let output = Command::new(&program).arg(model::checkpoint("tiny-glm-gqla").0).output().unwrap();
+    let output = Command::new(env!("CARGO"))
+        .args(["run", "--quiet", "--example", "embed", "--manifest-path"])
+        .arg(model::at("Cargo.toml"))
+        .arg("--")
+        .arg(model::checkpoint("tiny-glm-gqla").0)
+        .output()
+        .unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(text.starts_with("gqa path, 2 ranks") || text.starts_with("absorb path, 2 ranks"), "{text}");
