@@ -16,6 +16,7 @@ struct Route {
   float* logits;      // [rows, EXPERTS] workspace
   int* ids;           // [rows, TOP_K]
   float* weights;     // [rows, TOP_K]
+  const int* row_seq; // [rows] negative for padding, whose ids become -1; or null
   int rows;
   float scale;
 };
@@ -191,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(128) route_choose(const Route a) {
   }
   if (NORMALISE) weight = weight / (sum + 1e-20f);
   if (lane < TOP_K) {
-    a.ids[(size_t)row * TOP_K + lane] = id;
+    a.ids[(size_t)row * TOP_K + lane] = a.row_seq && a.row_seq[row] < 0 ? -1 : id;
     a.weights[(size_t)row * TOP_K + lane] = weight * a.scale;
   }
 }

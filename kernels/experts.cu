@@ -1,0 +1,283 @@
+// The chosen experts' gated MLPs, from a decode step's one row to a prefill chunk.
+// Rows are first sorted by expert on the device; then each product streams every
+// chosen expert's weights through once for all its rows (up to TOKENS a segment;
+// an expert with more rows has several, whose weights then come from L2). The
+// shared expert is one that every row chose, with weight 1.
+//
+// In the order of launches:
+//   experts_plan     grid 1; block 512
+//   experts_gate_up  grid number of multiprocessors; block 288; dynamic shared memory UP_SMEM
+//   experts_down     grid number of multiprocessors; block 288; dynamic shared memory DOWN_SMEM
+//   experts_sum      grid (ceil(HIDDEN / 1024), rows); block 128
+// Where HIDDEN, WIDTH or SHARED_WIDTH is no multiple of 32, instead of the middle two:
+//   experts_gate_up_any, experts_down_any: grid any (4 a multiprocessor); block 256; no dynamic shared memory
+//
+// -D EXPERTS routed ones (at most 1023), TOP_K, HIDDEN, WIDTH of one expert on this rank,
+//    SHARED_WIDTH of the shared one on this rank (0: none)
+//    TOKENS rows a segment: 8, 16, 32 or 64; about the number of rows in decode, 32 for 64 rows, 64 in prefill
+//    TILE_ROWS, STEP, RING tiling, defaults below
+// UP_SMEM = DOWN_SMEM = experts_shared_bytes (a global int of the module)
+//   = RING * (TILE_ROWS + TOKENS) * (2 * STEP + 64) + EXPERTS_SUMS * 4 + 16 * RING
+
+struct Experts {
+  const u16* x;               // [rows, HIDDEN]
+  const int* ids;             // [rows, TOP_K]; a row whose first id is negative is padding
+  const float* weights;       // [rows, TOP_K]
+  const u16* gate_up;         // [EXPERTS, 2 * WIDTH, HIDDEN], an expert's gate rows first
+  const u16* down;            // [EXPERTS, HIDDEN, WIDTH]
+  const u16* shared_gate_up;  // [2 * SHARED_WIDTH, HIDDEN] or null
+  const u16* shared_down;     // [HIDDEN, SHARED_WIDTH] or null
+  int* count;                 // [2] workspace: segments of routed experts, and of the shared one
+  int4* segments;             // [EXPERTS + 2 + rows * SLOTS / TOKENS] workspace {expert, first position, rows, 0}
+  int* order;                 // [rows * SLOTS] workspace: pair at each position; pair = row * SLOTS + k
+  u16* h;                     // [rows * SLOTS, max(WIDTH, SHARED_WIDTH)] workspace, by position
+  float* y;                   // [rows * SLOTS, HIDDEN] workspace, by pair
+  u16* out;                   // [rows, HIDDEN]
+  int rows;
+};                            // SLOTS = TOP_K, and one more with a shared expert
+
+constexpr int SHARED = SHARED_WIDTH > 0 ? 1 : 0;
+constexpr int SLOTS = TOP_K + SHARED;
+constexpr int H_WIDTH = WIDTH > SHARED_WIDTH ? WIDTH : SHARED_WIDTH;
+
+#ifndef TILE_ROWS
+#define TILE_ROWS (TOKENS >= 64 ? 32 : 64)
+#endif
+#ifndef STEP
+#define STEP 256
+#endif
+#ifndef RING
+constexpr int EXPERTS_FIT = 200 * 1024 / ((TILE_ROWS + TOKENS) * (STEP * 2 + 64));
+#define RING (EXPERTS_FIT > 6 ? 6 : EXPERTS_FIT)
+#endif
+typedef Skinny<TILE_ROWS, TOKENS, TOKENS, STEP, RING> Engine;
+extern "C" __device__ int experts_shared_bytes = Engine::BYTES;
+
+// Sorts pairs by expert. The order inside an expert is free: each pair's results
+// are the same wherever it stands.
+extern "C" __global__ void __launch_bounds__(512) experts_plan(const Experts a) {
+  __shared__ int counts[EXPERTS + 1], starts[EXPERTS + 1], segs[EXPERTS + 1];
+  const int tid = threadIdx.x;
+  grid_launch_dependents();
+  for (int e = tid; e <= EXPERTS; e += 512) counts[e] = 0;
+  __syncthreads();
+  grid_wait();
+  const int pairs = a.rows * SLOTS;
+  auto expert_of = [&](int p) {
+    const int row = p / SLOTS, k = p % SLOTS;
+    if (a.ids[row * TOP_K] < 0) return -1;
+    const int e = k < TOP_K ? a.ids[row * TOP_K + k] : EXPERTS;
+    return e <= EXPERTS ? e : -1;
+  };
+  // The first pair of each thread is remembered: in decode there are no more.
+  const int mine = tid < pairs ? expert_of(tid) : -1;
+  if (mine >= 0) atomicAdd(&counts[mine], 1);
+  for (int p = tid + 512; p < pairs; p += 512) {
+    const int e = expert_of(p);
+    if (e >= 0) atomicAdd(&counts[e], 1);
+  }
+  __syncthreads();
+  if (tid < 32) {
+    int at = 0, seg = 0;
+    for (int base = 0; base <= EXPERTS; base += 32) {
+      const int e = base + tid, c = e <= EXPERTS ? counts[e] : 0, s = ceil_div(c, TOKENS);
+      int x = c, y = s;
+#pragma unroll
+      for (int o = 1; o < 32; o <<= 1) {
+        const int u = __shfl_up_sync(0xffffffffu, x, o), v = __shfl_up_sync(0xffffffffu, y, o);
+        if (tid >= o) x += u, y += v;
+      }
+      if (e <= EXPERTS) {
+        starts[e] = at + x - c;
+        segs[e] = seg + y - s;
+      }
+      at += __shfl_sync(0xffffffffu, x, 31);
+      seg += __shfl_sync(0xffffffffu, y, 31);
+    }
+    if (tid == 0) {
+      const int shared = ceil_div(counts[EXPERTS], TOKENS);
+      a.count[0] = seg - shared;
+      a.count[1] = shared;
+    }
+  }
+  __syncthreads();
+  for (int e = tid; e <= EXPERTS; e += 512)
+    for (int i = 0; i < counts[e]; i += TOKENS)
+      a.segments[segs[e] + i / TOKENS] = make_int4(e, starts[e] + i, min(TOKENS, counts[e] - i), 0);
+  __syncthreads();
+  if (mine >= 0) a.order[atomicAdd(&starts[mine], 1)] = tid;
+  for (int p = tid + 512; p < pairs; p += 512) {
+    const int e = expert_of(p);
+    if (e >= 0) a.order[atomicAdd(&starts[e], 1)] = p;
+  }
+}
+
+// All columns of all segments, end to end; each CTA takes an equal share of the
+// weights' bytes. UP: columns are the expert's width, else the hidden size.
+template <bool UP>
+struct ExpertsWork {
+  static constexpr int COLUMNS = UP ? TILE_ROWS / 2 : TILE_ROWS;
+  const Experts& a;
+  int routed;                        // segments
+  int at, end;                       // columns, over all segments
+  int n, columns_, first, tokens_;   // of this pass
+  int expert;
+  DEVICE_MEMBER static int width(bool shared) { return UP ? (shared ? SHARED_WIDTH : WIDTH) : HIDDEN; }
+  DEVICE_MEMBER static int reduction(bool shared) { return UP ? HIDDEN : (shared ? SHARED_WIDTH : WIDTH); }
+  DEVICE_MEMBER ExpertsWork(const Experts& args) : a(args), at(0), end(0) {}
+  // After the plan is there.
+  DEVICE_MEMBER void begin() {
+    routed = a.count[0];
+    at = bound(blockIdx.x, a.count[1]);
+    end = bound(blockIdx.x + 1, a.count[1]);
+  }
+  DEVICE_MEMBER int bound(int cta, int shared) const {
+    const i64 unit = reduction(false), shared_unit = SHARED ? reduction(true) : 1;
+    const i64 split = (i64)routed * width(false) * unit;
+    const i64 all = split + (i64)shared * width(true) * shared_unit;
+    const i64 b = all * cta / gridDim.x;
+    return b <= split ? (int)(b / unit) : routed * width(false) + (int)((b - split) / shared_unit);
+  }
+  DEVICE_MEMBER bool next() {
+    if (at >= end) return false;
+    const int split = routed * width(false);
+    const bool shared = SHARED && at >= split;
+    const int w = shared ? width(true) + (width(true) == 0) : width(false);
+    const int v = shared ? at - split : at;
+    const int segment = v / w;
+    n = v - segment * w;
+    columns_ = min(min(COLUMNS, end - at), w - n);
+    const int4 s = a.segments[(shared ? routed : 0) + segment];
+    expert = s.x, first = s.y, tokens_ = s.z;
+    at += columns_;
+    return true;
+  }
+  DEVICE_MEMBER bool shared() const { return SHARED && expert == EXPERTS; }
+  DEVICE_MEMBER int rows() const { return UP ? 2 * columns_ : columns_; }
+  DEVICE_MEMBER int tokens() const { return tokens_; }
+  DEVICE_MEMBER int k() const { return reduction(shared()); }
+  DEVICE_MEMBER const u16* w_row(int r) const {
+    if (UP) {
+      const int row = r < columns_ ? n + r : width(shared()) + n + r - columns_;
+      return (shared() ? a.shared_gate_up : a.gate_up + (size_t)expert * 2 * WIDTH * HIDDEN) + (size_t)row * HIDDEN;
+    }
+    return (shared() ? a.shared_down : a.down + (size_t)expert * HIDDEN * WIDTH) + (size_t)(n + r) * k();
+  }
+  DEVICE_MEMBER const u16* x_row(int t) const {
+    return UP ? a.x + (size_t)(a.order[first + t] / SLOTS) * HIDDEN : a.h + (size_t)(first + t) * H_WIDTH;
+  }
+};
+
+DEVICE float silu(float x) { return x / (1.f + exp2_fast(-LOG2E * x)); }
+
+template <bool UP>
+DEVICE void experts_body(const Experts& a) {
+  extern __shared__ __align__(128) u8 experts_shared[];
+  const u32 base = smem_addr(experts_shared);
+  float* sums = (float*)(experts_shared + RING * Engine::STAGE);
+  Engine::init(base);
+  grid_launch_dependents();
+  grid_wait();
+  ExpertsWork<UP> work(a);
+  work.begin();
+  if (threadIdx.x >= Engine::COMPUTE) {
+    Engine::template produce<false>(work, base, false);
+    return;
+  }
+  Engine::consume(work, base, sums, [&](const ExpertsWork<UP>& p, const float* s) {
+    const int columns = p.columns_;
+    for (int i = threadIdx.x; i < columns * p.tokens_; i += Engine::COMPUTE) {
+      const int c = i % columns, t = i / columns, col = p.n + c;
+      float v = Engine::total(s, c, t);
+      if (UP) {
+        v = silu(v) * Engine::total(s, columns + c, t);
+        a.h[(size_t)(p.first + t) * H_WIDTH + col] = f32_to_bf16(v);
+      } else {
+        a.y[(size_t)a.order[p.first + t] * HIDDEN + col] = v;
+      }
+    }
+  });
+}
+
+extern "C" __global__ void __launch_bounds__(Engine::THREADS) experts_gate_up(const Experts a) {
+  experts_body<true>(a);
+}
+extern "C" __global__ void __launch_bounds__(Engine::THREADS) experts_down(const Experts a) {
+  experts_body<false>(a);
+}
+
+// The same for any dimensions: a warp takes one column of one segment.
+template <bool UP>
+DEVICE void experts_any(const Experts& a) {
+  grid_launch_dependents();
+  grid_wait();
+  const int lane = threadIdx.x % 32, routed = a.count[0], shared_segments = a.count[1];
+  typedef ExpertsWork<UP> Work;
+  const int split = routed * Work::width(false), total = split + shared_segments * Work::width(true);
+  for (int v = blockIdx.x * 8 + threadIdx.x / 32; v < total; v += gridDim.x * 8) {
+    Work p(a);
+    p.routed = routed;
+    p.at = v;
+    p.end = v + 1;
+    p.next();
+    const int k = p.k();
+    for (int t = 0; t < p.tokens_; t++) {
+      const u16* x = p.x_row(t);
+      const u16* w = p.w_row(0);
+      const u16* up = p.w_row(UP ? 1 : 0);
+      float sum = 0.f, sum_up = 0.f;
+      for (int i = lane; i < k; i += 32) {
+        sum += bf16_to_f32(w[i]) * bf16_to_f32(x[i]);
+        if (UP) sum_up += bf16_to_f32(up[i]) * bf16_to_f32(x[i]);
+      }
+      sum = warp_sum(sum);
+      sum_up = warp_sum(sum_up);
+      if (lane == 0) {
+        if (UP) a.h[(size_t)(p.first + t) * H_WIDTH + p.n] = f32_to_bf16(silu(sum) * sum_up);
+        else a.y[(size_t)a.order[p.first + t] * HIDDEN + p.n] = sum;
+      }
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256) experts_gate_up_any(const Experts a) { experts_any<true>(a); }
+extern "C" __global__ void __launch_bounds__(256) experts_down_any(const Experts a) { experts_any<false>(a); }
+
+// out = sum over the chosen of weight * y, plus the shared expert's y; zeros for padding.
+extern "C" __global__ void __launch_bounds__(128) experts_sum(const Experts a) {
+  const size_t row = blockIdx.y;
+  grid_launch_dependents();
+  grid_wait();
+  const bool live = a.ids[row * TOP_K] >= 0;
+  float w[SLOTS];
+#pragma unroll
+  for (int k = 0; k < SLOTS; k++) w[k] = k < TOP_K ? a.weights[row * TOP_K + k] : 1.f;
+  const float* y = a.y + row * SLOTS * HIDDEN;
+  const int col = (blockIdx.x * 128 + threadIdx.x) * 8;
+  if (HIDDEN % 8 == 0) {
+    if (col >= HIDDEN) return;
+    float sum[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum[i] = 0.f;
+    if (live) {
+#pragma unroll
+      for (int k = 0; k < SLOTS; k++) {
+        const float4 p = *(const float4*)(y + (size_t)k * HIDDEN + col);
+        const float4 q = *(const float4*)(y + (size_t)k * HIDDEN + col + 4);
+        sum[0] += w[k] * p.x, sum[1] += w[k] * p.y, sum[2] += w[k] * p.z, sum[3] += w[k] * p.w;
+        sum[4] += w[k] * q.x, sum[5] += w[k] * q.y, sum[6] += w[k] * q.z, sum[7] += w[k] * q.w;
+      }
+    }
+    *(uint4*)(a.out + row * HIDDEN + col) = make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]),
+                                                       pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7]));
+  } else {
+    for (int c = col; c < min(col + 8, HIDDEN); c++) {
+      float sum = 0.f;
+      if (live) {
+#pragma unroll
+        for (int k = 0; k < SLOTS; k++) sum += w[k] * y[(size_t)k * HIDDEN + c];
+      }
+      a.out[row * HIDDEN + c] = f32_to_bf16(sum);
+    }
+  }
+}

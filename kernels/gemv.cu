@@ -1,0 +1,137 @@
+// Skinny products out = x W^T (+ bias) for up to 16 rows of x: the weights stream
+// through once, at memory speed. Each CTA of a persistent grid takes an equal share
+// of W's rows, to one row, so that all end together; its first stages of weights are
+// asked for before the launch it depends on has ended.
+//
+// -D ROWS   rows of x at most: 1, 2, 4, 8 or 16
+//    OUT_F32 1 for f32 output (logits), default 0: bf16
+//    TILE_ROWS, STEP, RING  tiling, defaults below
+// gemv, gemv_gated: grid number of multiprocessors; block 288; dynamic shared memory
+//   GEMV_SMEM (the global int `gemv_shared_bytes` of the module)
+//   need k % 32 == 0, x_stride % 8 == 0, x and w at 16 bytes
+// gemv_any: any k, any alignment: grid ceil(n / 8); block 256; no shared memory
+//
+// gemv_gated: w [2 * n, k], gate rows first; out [rows, n] = silu(gate) * up.
+
+#ifndef OUT_F32
+#define OUT_F32 0
+#endif
+#ifndef TILE_ROWS
+#define TILE_ROWS (ROWS <= 4 ? 16 : 32)
+#endif
+#ifndef STEP
+#define STEP (ROWS <= 4 ? 1024 : 256)
+#endif
+
+struct Gemv {
+  const u16* w;       // [n, k]; gemv_gated: [2 * n, k]
+  const u16* x;       // row r begins at x + r * x_stride: [k]
+  const float* bias;  // [n] (gemv_gated: [2 * n]) or null
+#if OUT_F32
+  float* out;         // row r begins at out + r * out_stride: [n]
+#else
+  u16* out;           // row r begins at out + r * out_stride: [n]
+#endif
+  int n;              // columns of the output
+  int k;              // reduction
+  int rows;           // of x, at most ROWS
+  int x_stride;       // elements
+  int out_stride;     // elements
+};
+
+#define GEMV_TOKENS (ROWS <= 8 ? 8 : 16)
+// Two CTAs fit in a multiprocessor, so that a launch's first weights are on their
+// way while the launch before it ends.
+#ifndef RING
+constexpr int GEMV_FIT = 107 * 1024 / ((TILE_ROWS + ROWS) * (STEP * 2 + 64));
+#define RING (GEMV_FIT < 2 ? 2 : GEMV_FIT > 8 ? 8 : GEMV_FIT)
+#endif
+typedef Skinny<TILE_ROWS, GEMV_TOKENS, ROWS, STEP, RING> Engine;
+constexpr int GEMV_SMEM = Engine::BYTES;
+extern "C" __device__ int gemv_shared_bytes = GEMV_SMEM;
+
+DEVICE void put(u16* p, float v) { *p = f32_to_bf16(v); }
+DEVICE void put(float* p, float v) { *p = v; }
+
+template <bool GATED>
+struct GemvWork {
+  static constexpr int COLUMNS = GATED ? TILE_ROWS / 2 : TILE_ROWS;
+  const Gemv& a;
+  int n, next_n, end;  // columns [n, next_n) are this pass
+  DEVICE_MEMBER GemvWork(const Gemv& args) : a(args) {
+    n = next_n = (int)((i64)a.n * blockIdx.x / gridDim.x);
+    end = (int)((i64)a.n * (blockIdx.x + 1) / gridDim.x);
+  }
+  DEVICE_MEMBER bool next() {
+    n = next_n;
+    next_n = min(n + COLUMNS, end);
+    return n < end;
+  }
+  DEVICE_MEMBER int columns() const { return next_n - n; }
+  DEVICE_MEMBER int rows() const { return GATED ? 2 * columns() : columns(); }
+  DEVICE_MEMBER int tokens() const { return a.rows; }
+  DEVICE_MEMBER int k() const { return a.k; }
+  DEVICE_MEMBER const u16* w_row(int r) const {
+    const int row = GATED && r >= columns() ? a.n + n + r - columns() : n + r;
+    return a.w + (size_t)row * a.k;
+  }
+  DEVICE_MEMBER const u16* x_row(int t) const { return a.x + (size_t)t * a.x_stride; }
+};
+
+DEVICE float silu(float x) { return x / (1.f + exp2_fast(-LOG2E * x)); }
+
+template <bool GATED>
+DEVICE void gemv_body(const Gemv& a) {
+  extern __shared__ __align__(128) u8 gemv_shared[];
+  const u32 base = smem_addr(gemv_shared);
+  float* sums = (float*)(gemv_shared + RING * Engine::STAGE);
+  const GemvWork<GATED> work(a);
+  Engine::init(base);
+  grid_launch_dependents();
+  if (threadIdx.x >= Engine::COMPUTE) {
+    Engine::produce<true>(work, base, true);
+    return;
+  }
+  // What earlier launches read of `out` they have read.
+  grid_wait();
+  Engine::consume(work, base, sums, [&](const GemvWork<GATED>& p, const float* s) {
+    const int columns = p.columns();
+    for (int i = threadIdx.x; i < columns * a.rows; i += Engine::COMPUTE) {
+      const int c = i % columns, t = i / columns, col = p.n + c;
+      float v = Engine::total(s, c, t);
+      if (a.bias) v += a.bias[col];
+      if (GATED) {
+        float up = Engine::total(s, columns + c, t);
+        if (a.bias) up += a.bias[a.n + col];
+        v = silu(v) * up;
+      }
+      put(a.out + (size_t)t * a.out_stride + col, v);
+    }
+  });
+}
+
+extern "C" __global__ void __launch_bounds__(Engine::THREADS) gemv(const Gemv a) { gemv_body<false>(a); }
+extern "C" __global__ void __launch_bounds__(Engine::THREADS) gemv_gated(const Gemv a) { gemv_body<true>(a); }
+
+// A warp computes one column of the output.
+extern "C" __global__ void __launch_bounds__(256) gemv_any(const Gemv a) {
+  const int col = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  grid_launch_dependents();
+  grid_wait();
+  if (col >= a.n) return;
+  const u16* w = a.w + (size_t)col * a.k;
+  float sum[ROWS];
+#pragma unroll
+  for (int t = 0; t < ROWS; t++) sum[t] = 0.f;
+  for (int i = lane; i < a.k; i += 32) {
+    const float v = bf16_to_f32(w[i]);
+#pragma unroll
+    for (int t = 0; t < ROWS; t++)
+      if (t < a.rows) sum[t] += v * bf16_to_f32(a.x[(size_t)t * a.x_stride + i]);
+  }
+#pragma unroll
+  for (int t = 0; t < ROWS; t++) {
+    const float v = warp_sum(sum[t]);
+    if (lane == 0 && t < a.rows) put(a.out + (size_t)t * a.out_stride + col, a.bias ? v + a.bias[col] : v);
+  }
+}
