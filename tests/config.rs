@@ -447,7 +447,6 @@ fn contradictions_and_senseless_sizes_are_refused_by_name() {
         (DEEPSEEK_V3, "topk_group", "9", "topk_group"),
         (DEEPSEEK_V3, "topk_group", "0", "topk_group"),
         (DEEPSEEK_V3, "num_experts_per_tok", "129", "num_experts_per_tok"),
-        (DEEPSEEK_V3, "n_shared_experts", "65536", "n_shared_experts"),
         (DEEPSEEK_V3, "routed_scaling_factor", "1e-60", "routed_scaling_factor"),
         (DEEPSEEK_V3, "num_local_experts", "8", "num_local_experts"),
         (DEEPSEEK_V3, "mlp_layer_types", "[\"dense\"]", "mlp_layer_types"),
@@ -456,6 +455,8 @@ fn contradictions_and_senseless_sizes_are_refused_by_name() {
     ] {
         assert_eq!(refused(config, &[(name, value)]).0, field, "{name} = {value}");
     }
+    let wide = [("n_shared_experts", "65536"), ("moe_intermediate_size", "1048576")];
+    assert_eq!(refused(DEEPSEEK_V3, &wide).0, "n_shared_experts");
     let layers = |first: &str, last: &str| format!("[\"{first}\"{},\"{last}\"]", ",\"sparse\"".repeat(46));
     assert!(refused(GLM_47_FLASH, &[("mlp_layer_types", &layers("sparse", "sparse"))]).1.contains("layer 0"));
     assert!(refused(GLM_47_FLASH, &[("mlp_layer_types", &layers("dense", "dense"))]).1.contains("MTP"));
