@@ -95,9 +95,6 @@ impl Communicator for Claimed {
     fn abort(&mut self, code: i32, why: &str) {
         panic!("abort {code}: {why}");
     }
-    fn finish(self: Box<Self>) -> Result<()> {
-        Ok(())
-    }
 }
 
 /// One of `world` ranks.
