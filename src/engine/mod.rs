@@ -71,11 +71,11 @@ impl Engine {
             let (runner, info) = match setup::load(&config, &mut comm) {
                 Ok(loaded) => loaded,
                 Err(e) => {
-                    // Nobody receives when the starter is gone too.
-                    let _ = ready.send(Err(e.clone()));
                     if let Some(comm) = comm.as_mut().filter(|c| c.world() > 1) {
                         comm.abort(e.exit_code(), &e.to_string());
                     }
+                    // Nobody receives when the starter is gone too.
+                    let _ = ready.send(Err(e.clone()));
                     return Err(e);
                 }
             };
