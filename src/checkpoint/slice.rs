@@ -134,15 +134,18 @@ impl Noise {
     /// Columns `first..` of a row. A value depends on name, row and column alone, so slices agree.
     fn fill<T>(&self, row: usize, first: usize, out: &mut [T], convert: impl Fn(u16) -> T) {
         let row = mix(self.seed ^ mix(row as u64));
-        let (mut quad, mut lane) = (first / 4, first % 4);
-        let mut sums = self.sums(row, quad);
-        for out in out {
-            if lane == 4 {
-                (quad, lane) = (quad + 1, 0);
-                sums = self.sums(row, quad);
+        let quad = |quad: usize, out: &mut [T], skip: usize| {
+            let sums = self.sums(row, quad) >> (16 * skip);
+            for (lane, out) in out.iter_mut().enumerate() {
+                *out = convert(self.values[(sums >> (16 * lane) & 63) as usize]);
             }
-            *out = convert(self.values[(sums >> (16 * lane) & 63) as usize]);
-            lane += 1;
+        };
+        // Up to the first whole quad of columns, then quads, the last perhaps cut short.
+        let head = ((4 - first % 4) % 4).min(out.len());
+        let (start, rest) = out.split_at_mut(head);
+        quad(first / 4, start, first % 4);
+        for (i, out) in rest.chunks_mut(4).enumerate() {
+            quad(first.div_ceil(4) + i, out, 0);
         }
     }
 
