@@ -251,10 +251,6 @@ DEVICE void mbar_init_fence() {}
 DEVICE void mbar_arrive(u32 bar) {
   asm volatile("{\n .reg .b64 t;\n mbarrier.arrive.shared.b64 t, [%0];\n}" ::"r"(bar) : "memory");
 }
-// Arrives once all this thread's cp_async16 so far have landed.
-DEVICE void mbar_arrive_copies(u32 bar) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
-}
 DEVICE bool mbar_try(u32 bar, u32 parity) {
   u32 ok;
   asm volatile(
@@ -272,65 +268,73 @@ DEVICE void mbar_wait(u32 bar, u32 parity) {
 }
 #endif
 
+// A read past the first-level cache, for what another launch wrote while this one may have been resident.
+DEVICE int load_fresh(const int* p) {
+  int v;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+DEVICE int4 load_fresh(const int4* p) {
+  int4 v;
+  asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Arrives once all this thread's cp_async16 so far have landed.
+DEVICE void mbar_arrive_copies(u32 bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
+}
+
 #define DEVICE_MEMBER __device__ __forceinline__
 
 // ---- skinny products: few rows of x, and a weight matrix that streams through once ----
 //
-// One warp brings weights and x to a ring of stages in shared memory, eight warps
-// multiply with mma.sync. A pass computes up to `Rows` weight rows (the tile's 16-row
-// side) by up to `Tokens` tokens (the 8-column side) over the whole reduction, `Step` elements
-// a stage. Elements of the reduction may meet in any order, as long as both sides
-// agree: a lane takes 8 neighbours of its row in one 16-byte load, which is its
-// share of two mma steps, and no fragment needs rearranging.
+// Loading warps bring weights and x to a ring of stages in shared memory, eight
+// warps multiply with mma.sync. A pass computes up to `Rows` weight rows (the tile's
+// 16-row side) by up to `Tokens` tokens (the 8-column side) over the whole reduction,
+// `Step` elements a stage. Elements of the reduction may meet in any order, as long
+// as both sides agree: a lane takes 8 neighbours of its row in one 16-byte load,
+// which is its share of two mma steps, and no fragment needs rearranging.
 
-DEVICE uint4 load_shared16(u32 addr) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(addr));
-  return v;
-}
-
-// Room: rows of x there is room for, at most Tokens.
-template <int Rows, int Tokens, int Room, int Step, int Ring>
+// Room: rows of x there is room for, at most Tokens and 64. Bulk: rows come with the
+// bulk copy engine, which pays from 2 KiB a row on, else with cp.async.
+template <int Rows, int Tokens, int Room, int Step, int Ring, int Loaders, bool Bulk>
 struct Skinny {
-  static constexpr int COMPUTE = 256, THREADS = COMPUTE + 32;
+  static constexpr int COMPUTE = 256, THREADS = COMPUTE + 32 * (Loaders + 1);
   static constexpr int WR = Rows / 16, WT = Tokens > 32 && WR <= 4 ? 2 : 1, WK = 8 / (WR * WT);  // warps along each side
-  static constexpr int NT = Tokens / 8 / WT;           // 8-token tiles a warp
-  static constexpr int STRIDE = Step * 2 + 64;      // bytes of a row; neighbours lie on other banks
+  static constexpr int NT = Tokens / 8 / WT;      // 8-token tiles a warp
+  static constexpr int STRIDE = Step * 2 + 64;    // bytes of a row; neighbours lie on other banks
   static constexpr int STAGE = (Rows + Room) * STRIDE;
   static constexpr int SUM_ROW = Tokens == 8 ? 8 : Tokens + 8;
-  static constexpr int SUMS = WK * Rows * SUM_ROW;   // floats
+  static constexpr int SUMS = WK * Rows * SUM_ROW;  // floats
   static constexpr int BYTES = Ring * STAGE + SUMS * 4 + Ring * 16;
-  static constexpr int X_LANE = (Room + 31) / 32;   // rows of x a lane copies
 
-  static_assert(Rows % 16 == 0 && Tokens % 8 == 0 && Step % 32 == 0 && Room <= Tokens && WR * WT * WK == 8, "tiles");
+  static_assert(Rows % 16 == 0 && Tokens % 8 == 0 && Step % 32 == 0 && WR * WT * WK == 8, "tiles");
+  static_assert(Room <= Tokens && Room <= 64, "rows of x");
 
-  // `Work` hands out the passes of this CTA, in an order that both sides repeat:
+  // Walks the stages of the passes that a `Work` hands out for this CTA, in an order
+  // that all warps repeat:
   //   bool next(): moves to the next pass
   //   int rows(), tokens(), k(); const u16* w_row(r), x_row(t)
   template <class Work>
   struct Cursor {
     Work work;
-    int k0;
+    int k0, n;  // place in the reduction; stages so far
     bool ok;
-    const u16* x[X_LANE];
-    DEVICE_MEMBER Cursor(const Work& w) : work(w) {
-      ok = work.next();
-      k0 = 0;
-    }
-    DEVICE_MEMBER void find_x(int lane) {
-#pragma unroll
-      for (int i = 0; i < X_LANE; i++)
-        if (ok && lane + 32 * i < work.tokens()) x[i] = work.x_row(lane + 32 * i);
-    }
+    DEVICE_MEMBER Cursor(const Work& w) : work(w), k0(0), n(0) { ok = work.next(); }
     DEVICE_MEMBER int length() const { return min(Step, work.k() - k0); }
+    DEVICE_MEMBER bool first() const { return k0 == 0; }
     DEVICE_MEMBER bool last() const { return k0 + Step >= work.k(); }
-    // Returns whether a new pass begins.
-    DEVICE_MEMBER bool advance() {
+    DEVICE_MEMBER void advance() {
+      n++;
       k0 += Step;
-      if (k0 < work.k()) return false;
+      if (k0 < work.k()) return;
       k0 = 0;
       ok = work.next();
-      return true;
     }
   };
 
@@ -340,11 +344,7 @@ struct Skinny {
   static DEVICE_MEMBER void init(u32 base) {
     if (threadIdx.x == 0) {
       for (int s = 0; s < Ring; s++) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-        mbar_init(full(base, s), 32);
-#else
-        mbar_init(full(base, s), 1);
-#endif
+        mbar_init(full(base, s), (Loaders + 1) * (Bulk ? 1 : 32));
         mbar_init(empty(base, s), 8);
       }
       mbar_init_fence();
@@ -352,122 +352,133 @@ struct Skinny {
     __syncthreads();
   }
 
-  // The loading warp. EARLY: weights are known before the launch this one depends
-  // on has ended, so a ring of them is asked for before the wait.
-  template <bool EARLY, class Work>
-  static DEVICE_MEMBER void produce(const Work& w, u32 base, bool stream) {
-    const int lane = threadIdx.x % 32;
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    const u64 policy = l2_evict_first();
-#endif
-    auto row = [&](u32 dst, const u16* src, u32 bytes, u32 bar, bool once) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-      if (once) bulk_load_hint(dst, src, bytes, bar, policy);
-      else bulk_load(dst, src, bytes, bar);
-#endif
-    };
-    auto load_w = [&](const Cursor<Work>& c, int s) {
-      const u32 stage = base + s * STAGE, bytes = c.length() * 2;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-      for (int r = 0; r < c.work.rows(); r++) {
-        const u16* src = c.work.w_row(r) + c.k0;
-        for (u32 at = lane * 16; at < bytes; at += 512) cp_async16(stage + r * STRIDE + at, (const u8*)src + at, 16);
-      }
-#else
-      if (lane == 0) mbar_arrive_expect(full(base, s), bytes * (c.work.rows() + c.work.tokens()));
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < (Rows + 31) / 32; i++) {
-        const int r = lane + 32 * i;
-        if (r < c.work.rows()) row(stage + r * STRIDE, c.work.w_row(r) + c.k0, bytes, full(base, s), stream);
-      }
-#endif
-    };
-    auto load_x = [&](const Cursor<Work>& c, int s) {
-      const u32 stage = base + s * STAGE + Rows * STRIDE, bytes = c.length() * 2;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-      for (int t = 0; t < c.work.tokens(); t++) {
-        const u16* src = c.work.x_row(t) + c.k0;
-        for (u32 at = lane * 16; at < bytes; at += 512) cp_async16(stage + t * STRIDE + at, (const u8*)src + at, 16);
-      }
-      mbar_arrive_copies(full(base, s));
-#else
-#pragma unroll
-      for (int i = 0; i < X_LANE; i++) {
-        const int t = lane + 32 * i;
-        if (t < c.work.tokens()) row(stage + t * STRIDE, c.x[i] + c.k0, bytes, full(base, s), false);
-      }
-#endif
-    };
-
-    int n = 0;  // stages filled
-    if (!EARLY) grid_wait();
-    Cursor<Work> c(w);
-    if (EARLY) {
-      Cursor<Work> x(c);
-      for (; n < Ring && c.ok; n++) {
-        load_w(c, n);
-        c.advance();
-      }
+  // The loading warps: the last one brings x, the others weights. Where weights are
+  // known before the launch this one depends on has ended, only x has to wait for it.
+  template <class Work>
+  static DEVICE_MEMBER void load(const Work& w, u32 base) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - COMPUTE / 32;
+    if (warp == Loaders) {
       grid_wait();
-      x.find_x(lane);
-      for (int s = 0; s < n; s++) {
-        load_x(x, s);
-        if (x.advance()) x.find_x(lane);
-      }
+      load_x(w, base, lane);
+    } else {
+      load_w(w, base, warp, lane);
     }
-    c.find_x(lane);
-    while (c.ok) {
-      const int s = n % Ring;
-      if (n >= Ring) mbar_wait(empty(base, s), (n / Ring - 1) & 1);
-      load_w(c, s);
-      load_x(c, s);
-      n++;
-      if (c.advance()) c.find_x(lane);
+  }
+
+  template <class Work>
+  static DEVICE_MEMBER void wait_empty(const Cursor<Work>& c, u32 base) {
+    if (c.n >= Ring) mbar_wait(empty(base, c.n % Ring), (c.n / Ring - 1) & 1);
+  }
+
+  static DEVICE_MEMBER void copy_row(u32 dst, const u16* src, int bytes, int lane) {
+#pragma unroll
+    for (int i = 0; i < (Step * 2 + 511) / 512; i++) {
+      const int at = i * 512 + lane * 16;
+      if (at < bytes) cp_async16(dst + at, (const u8*)src + at, 16);
+    }
+  }
+
+  template <class Work>
+  static DEVICE_MEMBER void load_w(const Work& w, u32 base, int warp, int lane) {
+    for (Cursor<Work> c(w); c.ok; c.advance()) {
+      const int s = c.n % Ring, rows = c.work.rows(), bytes = c.length() * 2;
+      const u32 dst = base + s * STAGE, bar = full(base, s);
+      wait_empty(c, base);
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+      if (Bulk) {
+        if (lane == 0) mbar_arrive_expect(bar, (warp < rows ? (rows - warp + Loaders - 1) / Loaders : 0) * bytes);
+        __syncwarp();
+        for (int r = warp + lane * Loaders; r < rows; r += 32 * Loaders)
+          bulk_load_hint(dst + r * STRIDE, c.work.w_row(r) + c.k0, bytes, bar, l2_evict_first());
+        continue;
+      }
+#endif
+#pragma unroll 4
+      for (int r = warp; r < rows; r += Loaders) copy_row(dst + r * STRIDE, c.work.w_row(r) + c.k0, bytes, lane);
+      mbar_arrive_copies(bar);
+    }
+  }
+
+  template <class Work>
+  static DEVICE_MEMBER void load_x(const Work& w, u32 base, int lane) {
+    u64 x[2] = {0, 0};  // where this lane's rows begin
+    for (Cursor<Work> c(w); c.ok; c.advance()) {
+      const int s = c.n % Ring, tokens = c.work.tokens(), bytes = c.length() * 2;
+      const u32 dst = base + s * STAGE + Rows * STRIDE, bar = full(base, s);
+      if (c.first()) {
+        if (lane < tokens) x[0] = (u64)c.work.x_row(lane);
+        if (lane + 32 < tokens) x[1] = (u64)c.work.x_row(lane + 32);
+      }
+      wait_empty(c, base);
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+      if (Bulk) {
+        if (lane == 0) mbar_arrive_expect(bar, tokens * bytes);
+        __syncwarp();
+        if (lane < tokens) bulk_load(dst + lane * STRIDE, (const u16*)x[0] + c.k0, bytes, bar);
+        if (lane + 32 < tokens) bulk_load(dst + (lane + 32) * STRIDE, (const u16*)x[1] + c.k0, bytes, bar);
+        continue;
+      }
+#endif
+#pragma unroll 4
+      for (int t = 0; t < min(tokens, 32); t++)
+        copy_row(dst + t * STRIDE, (const u16*)__shfl_sync(0xffffffffu, x[0], t) + c.k0, bytes, lane);
+      if (Room > 32) {
+#pragma unroll 4
+        for (int t = 32; t < tokens; t++)
+          copy_row(dst + t * STRIDE, (const u16*)__shfl_sync(0xffffffffu, x[1], t - 32) + c.k0, bytes, lane);
+      }
+      mbar_arrive_copies(bar);
+    }
+  }
+
+  // One warp's share of a stage, for its first `Tiles` tiles of tokens.
+  template <int Tiles>
+  static DEVICE_MEMBER void multiply(float (&acc)[NT][4], const u8* w, const u8* const (&x)[NT], int from, int steps) {
+#pragma unroll 4
+    for (int k = from; k < steps; k += WK) {
+      const uint4 w0 = *(const uint4*)(w + k * 64), w1 = *(const uint4*)(w + 8 * STRIDE + k * 64);
+      const u32 a0[4] = {w0.x, w1.x, w0.y, w1.y}, a1[4] = {w0.z, w1.z, w0.w, w1.w};
+      uint4 b[Tiles];
+#pragma unroll
+      for (int j = 0; j < Tiles; j++) b[j] = *(const uint4*)(x[j] + k * 64);
+#pragma unroll
+      for (int j = 0; j < Tiles; j++) mma_bf16(acc[j], a0, b[j].x, b[j].y);
+#pragma unroll
+      for (int j = 0; j < Tiles; j++) mma_bf16(acc[j], a1, b[j].z, b[j].w);
     }
   }
 
   // The eight computing warps. finish(work, sums) runs on COMPUTE threads after each
   // pass: the product of row r and token t is total(sums, r, t).
   template <class Work, class Finish>
-  static DEVICE_MEMBER void consume(const Work& w, u32 base, float* sums, Finish finish) {
+  static DEVICE_MEMBER void compute(const Work& w, u8* shared, Finish finish) {
+    const u32 base = smem_addr(shared);
+    float* sums = (float*)(shared + Ring * STAGE);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int wr = warp % WR, wt = warp / WR % WT, wk = warp / (WR * WT);
     const int g = lane / 4, t = lane % 4;
     float acc[NT][4];
-    u32 at_x[NT];
 #pragma unroll
-    for (int j = 0; j < NT; j++) {
-      at_x[j] = (Rows + min((wt * NT + j) * 8 + g, Room - 1)) * STRIDE + t * 16;
+    for (int j = 0; j < NT; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) acc[j][i] = 0.f;
-    }
-    const u32 at_w = (wr * 16 + g) * STRIDE + t * 16;
-    int n = 0;
-    for (Cursor<Work> c(w); c.ok;) {
-      const int s = n % Ring;
-      const u32 stage = base + s * STAGE;
+    for (Cursor<Work> c(w); c.ok; c.advance()) {
+      const int s = c.n % Ring;
+      const u8* stage = shared + s * STAGE;
       const int tiles = min(NT, (c.work.tokens() - wt * NT * 8 + 7) / 8), steps = c.length() / 32;
-      mbar_wait(full(base, s), n / Ring & 1);
-      if (wr * 16 < c.work.rows() && tiles > 0) {
-#pragma unroll 4
-        for (int k = wk; k < steps; k += WK) {
-          const uint4 w0 = load_shared16(stage + at_w + k * 64);
-          const uint4 w1 = load_shared16(stage + at_w + 8 * STRIDE + k * 64);
-          const u32 a0[4] = {w0.x, w1.x, w0.y, w1.y}, a1[4] = {w0.z, w1.z, w0.w, w1.w};
+      const u8* at_x[NT];
 #pragma unroll
-          for (int j = 0; j < NT; j++) {
-            if (j < tiles) {
-              const uint4 x = load_shared16(stage + at_x[j] + k * 64);
-              mma_bf16(acc[j], a0, x.x, x.y);
-              mma_bf16(acc[j], a1, x.z, x.w);
-            }
-          }
-        }
+      for (int j = 0; j < NT; j++)
+        at_x[j] = stage + (Rows + min((wt * NT + j) * 8 + g, Room - 1)) * STRIDE + t * 16;
+      mbar_wait(full(base, s), c.n / Ring & 1);
+      if (wr * 16 < c.work.rows() && tiles > 0) {
+        const u8* at_w = stage + (wr * 16 + g) * STRIDE + t * 16;
+        if (tiles == 1) multiply<1>(acc, at_w, at_x, wk, steps);
+        else if (tiles <= (NT + 1) / 2) multiply<(NT + 1) / 2>(acc, at_w, at_x, wk, steps);
+        else multiply<NT>(acc, at_w, at_x, wk, steps);
       }
       __syncwarp();
       if (lane == 0) mbar_arrive(empty(base, s));
-      n++;
       if (c.last()) {
 #pragma unroll
         for (int j = 0; j < NT; j++) {
@@ -481,7 +492,6 @@ struct Skinny {
         finish(c.work, sums);
         named_barrier(1, COMPUTE);
       }
-      c.advance();
     }
   }
 

@@ -6,18 +6,18 @@
 //
 // In the order of launches:
 //   experts_plan     grid 1; block 512
-//   experts_gate_up  grid number of multiprocessors; block 288; dynamic shared memory UP_SMEM
-//   experts_down     grid number of multiprocessors; block 288; dynamic shared memory DOWN_SMEM
+//   experts_gate_up  grid number of multiprocessors; block EXPERTS_THREADS = 384; dynamic shared memory UP_SMEM
+//   experts_down     grid number of multiprocessors; block EXPERTS_THREADS = 384; dynamic shared memory DOWN_SMEM
 //   experts_sum      grid (ceil(HIDDEN / 1024), rows); block 128
 // Where HIDDEN, WIDTH or SHARED_WIDTH is no multiple of 32, instead of the middle two:
 //   experts_gate_up_any, experts_down_any: grid any (4 a multiprocessor); block 256; no dynamic shared memory
 //
 // -D EXPERTS routed ones (at most 1023), TOP_K, HIDDEN, WIDTH of one expert on this rank,
 //    SHARED_WIDTH of the shared one on this rank (0: none)
-//    TOKENS rows a segment: 8, 16, 32 or 64; about the number of rows in decode, 32 for 64 rows, 64 in prefill
-//    TILE_ROWS, STEP, RING tiling, defaults below
-// UP_SMEM = DOWN_SMEM = experts_shared_bytes (a global int of the module)
-//   = RING * (TILE_ROWS + TOKENS) * (2 * STEP + 64) + EXPERTS_SUMS * 4 + 16 * RING
+//    TOKENS rows a segment: 8 up to 8 rows, 16 for decode batches, 32 for prefill
+//    TILE_ROWS, STEP, UP_RING, DOWN_RING, LOADERS tiling, defaults below
+// The module's global ints experts_up_bytes, experts_down_bytes and experts_threads
+// hold the shared memory and the block's size.
 
 struct Experts {
   const u16* x;               // [rows, HIDDEN]
@@ -41,17 +41,31 @@ constexpr int SLOTS = TOP_K + SHARED;
 constexpr int H_WIDTH = WIDTH > SHARED_WIDTH ? WIDTH : SHARED_WIDTH;
 
 #ifndef TILE_ROWS
-#define TILE_ROWS (TOKENS >= 64 ? 32 : 64)
+#define TILE_ROWS (TOKENS <= 8 ? 32 : 64)
 #endif
 #ifndef STEP
-#define STEP 256
+#define STEP (TOKENS <= 8 ? 512 : 256)
 #endif
-#ifndef RING
-constexpr int EXPERTS_FIT = 200 * 1024 / ((TILE_ROWS + TOKENS) * (STEP * 2 + 64));
-#define RING (EXPERTS_FIT > 6 ? 6 : EXPERTS_FIT)
+#ifndef LOADERS
+#define LOADERS 3
 #endif
-typedef Skinny<TILE_ROWS, TOKENS, TOKENS, STEP, RING> Engine;
-extern "C" __device__ int experts_shared_bytes = Engine::BYTES;
+// With few rows a CTA of each of the two products fits in a multiprocessor, so that
+// the second's first weights are on their way while the first ends.
+constexpr int EXPERTS_STAGE = (TILE_ROWS + TOKENS) * (STEP * 2 + 64);
+constexpr int EXPERTS_FIT = 205 * 1024 / EXPERTS_STAGE < 2 ? 2 : 205 * 1024 / EXPERTS_STAGE;
+#ifndef UP_RING
+#define UP_RING (TOKENS <= 8 ? 3 : EXPERTS_FIT)
+#endif
+#ifndef DOWN_RING
+#define DOWN_RING (TOKENS <= 8 ? 2 : EXPERTS_FIT)
+#endif
+template <bool UP>
+struct ExpertsEngine : Skinny<TILE_ROWS, TOKENS, TOKENS, STEP, UP ? UP_RING : DOWN_RING, LOADERS, false> {};
+constexpr int UP_SMEM = ExpertsEngine<true>::BYTES, DOWN_SMEM = ExpertsEngine<false>::BYTES;
+constexpr int EXPERTS_THREADS = ExpertsEngine<true>::THREADS;
+extern "C" __device__ int experts_up_bytes = UP_SMEM;
+extern "C" __device__ int experts_down_bytes = DOWN_SMEM;
+extern "C" __device__ int experts_threads = EXPERTS_THREADS;
 
 // Sorts pairs by expert. The order inside an expert is free: each pair's results
 // are the same wherever it stands.
@@ -127,9 +141,10 @@ struct ExpertsWork {
   DEVICE_MEMBER ExpertsWork(const Experts& args) : a(args), at(0), end(0) {}
   // After the plan is there.
   DEVICE_MEMBER void begin() {
-    routed = a.count[0];
-    at = bound(blockIdx.x, a.count[1]);
-    end = bound(blockIdx.x + 1, a.count[1]);
+    routed = load_fresh(a.count);
+    const int shared = load_fresh(a.count + 1);
+    at = bound(blockIdx.x, shared);
+    end = bound(blockIdx.x + 1, shared);
   }
   DEVICE_MEMBER int bound(int cta, int shared) const {
     const i64 unit = reduction(false), shared_unit = SHARED ? reduction(true) : 1;
@@ -147,7 +162,7 @@ struct ExpertsWork {
     const int segment = v / w;
     n = v - segment * w;
     columns_ = min(min(COLUMNS, end - at), w - n);
-    const int4 s = a.segments[(shared ? routed : 0) + segment];
+    const int4 s = load_fresh(a.segments + (shared ? routed : 0) + segment);
     expert = s.x, first = s.y, tokens_ = s.z;
     at += columns_;
     return true;
@@ -170,21 +185,41 @@ struct ExpertsWork {
 
 DEVICE float silu(float x) { return x / (1.f + exp2_fast(-LOG2E * x)); }
 
+// The shared expert's weights are known before the choice is: this CTA's part of
+// them is brought to L2 while the router is at work.
+DEVICE void prefetch_shared(const u16* p, size_t elems) {
+  const size_t lines = elems / 64, end = lines * (blockIdx.x + 1) / gridDim.x;
+  for (size_t i = lines * blockIdx.x / gridDim.x + threadIdx.x; i < end; i += blockDim.x) prefetch_l2(p + i * 64);
+}
+
 template <bool UP>
 DEVICE void experts_body(const Experts& a) {
+  typedef ExpertsEngine<UP> Engine;
   extern __shared__ __align__(128) u8 experts_shared[];
   const u32 base = smem_addr(experts_shared);
-  float* sums = (float*)(experts_shared + RING * Engine::STAGE);
-  Engine::init(base);
-  grid_launch_dependents();
-  grid_wait();
+  const bool loading = threadIdx.x >= Engine::COMPUTE;
+  if (UP) {
+    if (SHARED) {
+      prefetch_shared(a.shared_gate_up, (size_t)2 * SHARED_WIDTH * HIDDEN);
+      prefetch_shared(a.shared_down, (size_t)HIDDEN * SHARED_WIDTH);
+    }
+    Engine::init(base);
+    grid_wait();
+    // Only now: experts_down relies on it that the plan was there before it began.
+    grid_launch_dependents();
+  } else {
+    grid_launch_dependents();
+    Engine::init(base);
+    // The warps that load weights go ahead, everything else needs h.
+    if (!loading || threadIdx.x / 32 == Engine::THREADS / 32 - 1) grid_wait();
+  }
   ExpertsWork<UP> work(a);
   work.begin();
-  if (threadIdx.x >= Engine::COMPUTE) {
-    Engine::template produce<false>(work, base, false);
+  if (loading) {
+    Engine::load(work, base);
     return;
   }
-  Engine::consume(work, base, sums, [&](const ExpertsWork<UP>& p, const float* s) {
+  Engine::compute(work, experts_shared, [&](const ExpertsWork<UP>& p, const float* s) {
     const int columns = p.columns_;
     for (int i = threadIdx.x; i < columns * p.tokens_; i += Engine::COMPUTE) {
       const int c = i % columns, t = i / columns, col = p.n + c;
@@ -199,10 +234,10 @@ DEVICE void experts_body(const Experts& a) {
   });
 }
 
-extern "C" __global__ void __launch_bounds__(Engine::THREADS) experts_gate_up(const Experts a) {
+extern "C" __global__ void __launch_bounds__(EXPERTS_THREADS) experts_gate_up(const Experts a) {
   experts_body<true>(a);
 }
-extern "C" __global__ void __launch_bounds__(Engine::THREADS) experts_down(const Experts a) {
+extern "C" __global__ void __launch_bounds__(EXPERTS_THREADS) experts_down(const Experts a) {
   experts_body<false>(a);
 }
 

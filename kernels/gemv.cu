@@ -5,8 +5,8 @@
 //
 // -D ROWS   rows of x at most: 1, 2, 4, 8 or 16
 //    OUT_F32 1 for f32 output (logits), default 0: bf16
-//    TILE_ROWS, STEP, RING  tiling, defaults below
-// gemv, gemv_gated: grid number of multiprocessors; block 288; dynamic shared memory
+//    TILE_ROWS, STEP, RING, LOADERS, BULK  tiling, defaults below
+// gemv, gemv_gated: grid number of multiprocessors; block GEMV_THREADS = 288 + 32 * LOADERS = 384; dynamic shared memory
 //   GEMV_SMEM (the global int `gemv_shared_bytes` of the module)
 //   need k % 32 == 0, x_stride % 8 == 0, x and w at 16 bytes
 // gemv_any: any k, any alignment: grid ceil(n / 8); block 256; no shared memory
@@ -17,10 +17,10 @@
 #define OUT_F32 0
 #endif
 #ifndef TILE_ROWS
-#define TILE_ROWS (ROWS <= 4 ? 16 : 32)
+#define TILE_ROWS (ROWS <= 8 ? 16 : 32)
 #endif
 #ifndef STEP
-#define STEP (ROWS <= 4 ? 1024 : 256)
+#define STEP (ROWS == 1 || ROWS == 8 ? 1024 : 512)
 #endif
 
 struct Gemv {
@@ -40,15 +40,27 @@ struct Gemv {
 };
 
 #define GEMV_TOKENS (ROWS <= 8 ? 8 : 16)
-// Two CTAs fit in a multiprocessor, so that a launch's first weights are on their
-// way while the launch before it ends.
+// Up to four rows two CTAs fit in a multiprocessor, so that a launch's first weights
+// are on their way while the launch before it ends; with more, a deeper ring gains more.
 #ifndef RING
-constexpr int GEMV_FIT = 107 * 1024 / ((TILE_ROWS + ROWS) * (STEP * 2 + 64));
+constexpr int GEMV_FIT = (ROWS <= 4 ? 107 : 214) * 1024 / ((TILE_ROWS + ROWS) * (STEP * 2 + 64));
 #define RING (GEMV_FIT < 2 ? 2 : GEMV_FIT > 8 ? 8 : GEMV_FIT)
 #endif
-typedef Skinny<TILE_ROWS, GEMV_TOKENS, ROWS, STEP, RING> Engine;
-constexpr int GEMV_SMEM = Engine::BYTES;
+#ifndef LOADERS
+#define LOADERS 3
+#endif
+#ifndef BULK
+#define BULK 0
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool USE_BULK = false;
+#else
+constexpr bool USE_BULK = BULK;
+#endif
+typedef Skinny<TILE_ROWS, GEMV_TOKENS, ROWS, STEP, RING, LOADERS, USE_BULK> Engine;
+constexpr int GEMV_SMEM = Engine::BYTES, GEMV_THREADS = Engine::THREADS;
 extern "C" __device__ int gemv_shared_bytes = GEMV_SMEM;
+extern "C" __device__ int gemv_threads = Engine::THREADS;
 
 DEVICE void put(u16* p, float v) { *p = f32_to_bf16(v); }
 DEVICE void put(float* p, float v) { *p = v; }
@@ -84,17 +96,16 @@ template <bool GATED>
 DEVICE void gemv_body(const Gemv& a) {
   extern __shared__ __align__(128) u8 gemv_shared[];
   const u32 base = smem_addr(gemv_shared);
-  float* sums = (float*)(gemv_shared + RING * Engine::STAGE);
   const GemvWork<GATED> work(a);
   Engine::init(base);
   grid_launch_dependents();
   if (threadIdx.x >= Engine::COMPUTE) {
-    Engine::produce<true>(work, base, true);
+    Engine::load(work, base);
     return;
   }
   // What earlier launches read of `out` they have read.
   grid_wait();
-  Engine::consume(work, base, sums, [&](const GemvWork<GATED>& p, const float* s) {
+  Engine::compute(work, gemv_shared, [&](const GemvWork<GATED>& p, const float* s) {
     const int columns = p.columns();
     for (int i = threadIdx.x; i < columns * a.rows; i += Engine::COMPUTE) {
       const int c = i % columns, t = i / columns, col = p.n + c;
