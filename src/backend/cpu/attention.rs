@@ -10,7 +10,7 @@
 use super::Workers;
 use super::buffer::{Buffer, Shared, with_scratch};
 use super::linear::tile;
-use super::simd::{Element, Isa, Kernel, LANES, Simd};
+use super::simd::{Element, Isa, Kernel, LANES, Simd, unroll};
 use crate::backend::{AttentionShape, Batch, Span};
 use crate::cache::{BLOCK, Layout};
 use crate::error::{Error, Result};
@@ -393,10 +393,8 @@ impl Attend<'_> {
     #[inline(always)]
     unsafe fn score_some<S: Simd, const Q: usize>(&mut self, s: S, data: &[f32], i: usize, valid: usize) {
         let mut q = [std::ptr::null(); Q];
-        for j in 0..Q {
-            // SAFETY: checked by `attend`.
-            q[j] = unsafe { self.q.as_ptr().add(self.queries[i + j].at) };
-        }
+        // SAFETY: checked by `attend`.
+        unroll!(j in 0..Q => q[j] = unsafe { self.q.as_ptr().add(self.queries[i + j].at) });
         // SAFETY: i + Q queries have scores; keys lie where the layout says.
         unsafe {
             let scores = self.scores.as_mut_ptr().add(i * BLOCK);
@@ -404,15 +402,11 @@ impl Attend<'_> {
                 Keys::Grouped { nope, rope, key_at, rope_at, .. } => {
                     let mut sums = [[s.zero(); VECTORS]; Q];
                     outer(s, q, data.as_ptr().add(key_at), nope, &mut sums);
-                    for p in &mut q {
-                        *p = p.add(nope);
-                    }
+                    unroll!(j in 0..Q => q[j] = q[j].add(nope));
                     outer(s, q, data.as_ptr().add(rope_at), rope, &mut sums);
-                    for j in 0..Q {
-                        for v in 0..VECTORS {
-                            s.store(scores.add(j * BLOCK + v * LANES), sums[j][v]);
-                        }
-                    }
+                    unroll!(j in 0..Q => unroll!(v in 0..VECTORS => {
+                        s.store(scores.add(j * BLOCK + v * LANES), sums[j][v])
+                    }));
                 }
                 Keys::Latent { latent, rope } => {
                     let width = latent + rope;
@@ -493,17 +487,13 @@ unsafe fn outer<S: Simd, const Q: usize>(
     let mut acc = *sums;
     for d in 0..depth {
         let mut key = [s.zero(); VECTORS];
-        for v in 0..VECTORS {
-            // SAFETY: d < depth.
-            key[v] = unsafe { s.load(keys.add(d * BLOCK + v * LANES)) };
-        }
-        for j in 0..Q {
+        // SAFETY: d < depth.
+        unroll!(v in 0..VECTORS => key[v] = unsafe { s.load(keys.add(d * BLOCK + v * LANES)) });
+        unroll!(j in 0..Q => {
             // SAFETY: d < depth.
             let x = s.splat(unsafe { *q[j].add(d) });
-            for v in 0..VECTORS {
-                acc[j][v] = s.fma(x, key[v], acc[j][v]);
-            }
-        }
+            unroll!(v in 0..VECTORS => acc[j][v] = s.fma(x, key[v], acc[j][v]));
+        });
     }
     *sums = acc;
 }
@@ -524,15 +514,9 @@ unsafe fn inner<S: Simd, const Q: usize, const K: usize>(
     let mut sums = [[s.zero(); K]; Q];
     // SAFETY: the caller's promise.
     unsafe {
-        for (i, row) in rows.iter_mut().enumerate() {
-            *row = keys.add(i * width);
-        }
+        unroll!(i in 0..K => rows[i] = keys.add(i * width));
         tile(s, q, rows, width, &mut sums);
-        for j in 0..Q {
-            for i in 0..K {
-                *scores.add(j * BLOCK + i) = s.sum(sums[j][i]);
-            }
-        }
+        unroll!(j in 0..Q => unroll!(i in 0..K => *scores.add(j * BLOCK + i) = s.sum(sums[j][i])));
     }
 }
 
@@ -630,29 +614,17 @@ unsafe fn weigh_columns<S: Simd, E: Element, const Q: usize, const C: usize>(
     let mut sums = [[s.zero(); C]; Q];
     // SAFETY: the caller's promise.
     unsafe {
-        for q in 0..Q {
-            if let Some(f) = shrink[q] {
-                for c in 0..C {
-                    sums[q][c] = s.mul(s.load(out[q].add(first + c * LANES)), s.splat(f));
-                }
-            }
-        }
+        unroll!(q in 0..Q => if let Some(f) = shrink[q] {
+            unroll!(c in 0..C => sums[q][c] = s.mul(s.load(out[q].add(first + c * LANES)), s.splat(f)));
+        });
         for i in 0..count {
             let mut row = [s.zero(); C];
-            for c in 0..C {
-                row[c] = E::load(s, rows.add(i * stride + c * LANES));
-            }
-            for q in 0..Q {
+            unroll!(c in 0..C => row[c] = E::load(s, rows.add(i * stride + c * LANES)));
+            unroll!(q in 0..Q => {
                 let x = s.splat(*weights[q].add(i));
-                for c in 0..C {
-                    sums[q][c] = s.fma(x, row[c], sums[q][c]);
-                }
-            }
+                unroll!(c in 0..C => sums[q][c] = s.fma(x, row[c], sums[q][c]));
+            });
         }
-        for q in 0..Q {
-            for c in 0..C {
-                s.store(out[q].add(first + c * LANES), sums[q][c]);
-            }
-        }
+        unroll!(q in 0..Q => unroll!(c in 0..C => s.store(out[q].add(first + c * LANES), sums[q][c])));
     }
 }

@@ -10,7 +10,7 @@
 
 use super::Workers;
 use super::buffer::{Data, Matrix, Shared, with_scratch};
-use super::simd::{Element, Isa, Kernel, LANES, Simd};
+use super::simd::{Element, Isa, Kernel, LANES, Simd, unroll};
 
 /// Pieces that a split reduction has in the whole world.
 pub(super) const SEGMENTS: usize = 8;
@@ -18,9 +18,9 @@ pub(super) const SEGMENTS: usize = 8;
 /// Rows taken together; their inputs stay in the second-level cache.
 pub(super) const ROW_BLOCK: usize = 96;
 /// Outputs taken together in the blocked product.
-const OUT_BLOCK: usize = 64;
+const OUT_BLOCK: usize = 128;
 /// Elements of the reduction taken together in the blocked product.
-const DEPTH: usize = 1024;
+const DEPTH: usize = 512;
 
 /// Pieces of a split reduction that one of `world` ranks has.
 pub(super) fn local_segments(world: usize) -> usize {
@@ -150,7 +150,7 @@ fn direct_rows(isa: Isa) -> usize {
         type Out = usize;
         #[inline(always)]
         fn run<S: Simd>(self, _: S) -> usize {
-            if S::WIDE { 4 } else { 1 }
+            if S::WIDE { 24 } else { 1 }
         }
     }
     isa.run(Rows)
@@ -201,28 +201,24 @@ pub(super) unsafe fn tile<S: Simd, E: Element, const R: usize, const N: usize>(
     let mut i = 0;
     while i + LANES <= k {
         let mut wide = [s.zero(); N];
-        for n in 0..N {
-            // SAFETY: i + 16 <= k.
-            wide[n] = unsafe { E::load(s, w[n].add(i)) };
-        }
-        for r in 0..R {
+        // SAFETY: i + 16 <= k.
+        unroll!(n in 0..N => wide[n] = unsafe { E::load(s, w[n].add(i)) });
+        unroll!(r in 0..R => {
             // SAFETY: as above.
             let x = unsafe { s.load(x[r].add(i)) };
-            for n in 0..N {
-                acc[r][n] = s.fma(x, wide[n], acc[r][n]);
-            }
-        }
+            unroll!(n in 0..N => acc[r][n] = s.fma(x, wide[n], acc[r][n]));
+        });
         i += LANES;
     }
     if i < k {
-        for n in 0..N {
-            // SAFETY: k − i elements are left.
-            let wide = unsafe { E::load_first(s, w[n].add(i), k - i) };
-            for r in 0..R {
-                // SAFETY: as above.
-                acc[r][n] = s.fma(unsafe { s.load_first(x[r].add(i), k - i) }, wide, acc[r][n]);
-            }
-        }
+        let mut wide = [s.zero(); N];
+        // SAFETY: k − i elements are left.
+        unroll!(n in 0..N => wide[n] = unsafe { E::load_first(s, w[n].add(i), k - i) });
+        unroll!(r in 0..R => {
+            // SAFETY: as above.
+            let x = unsafe { s.load_first(x[r].add(i), k - i) };
+            unroll!(n in 0..N => acc[r][n] = s.fma(x, wide[n], acc[r][n]));
+        });
     }
     *sums = acc;
 }
@@ -254,13 +250,15 @@ unsafe fn direct<S: Simd, E: Element>(s: S, job: &mut Dots<E>) {
                     (4, 1) => direct_tile::<S, E, 1, 4>(s, job, r, n),
                     (4, 2) => direct_tile::<S, E, 2, 4>(s, job, r, n),
                     (4, 3) => direct_tile::<S, E, 3, 4>(s, job, r, n),
-                    (4, _) => direct_tile::<S, E, 4, 4>(s, job, r, n),
+                    (4, 4) => direct_tile::<S, E, 4, 4>(s, job, r, n),
+                    (4, 5) => direct_tile::<S, E, 5, 4>(s, job, r, n),
+                    (4, _) => direct_tile::<S, E, 6, 4>(s, job, r, n),
                     _ => direct_tile::<S, E, 1, 1>(s, job, r, n),
                 }
             }
             r += match step {
                 8 => 2,
-                4 => 4,
+                4 => 6,
                 _ => 1,
             };
         }
@@ -283,23 +281,18 @@ unsafe fn direct_tile<S: Simd, E: Element, const R: usize, const N: usize>(
     let length = job.cols / job.segments;
     for segment in 0..job.segments {
         let mut x = [std::ptr::null(); R];
-        for i in 0..R {
-            // SAFETY: checked by `dots`.
-            x[i] = unsafe { job.x.data.as_ptr().add(job.x.offsets[r + i] + segment * length) };
-        }
+        // SAFETY: checked by `dots`.
+        unroll!(i in 0..R => x[i] = unsafe { job.x.data.as_ptr().add(job.x.offsets[r + i] + segment * length) });
         let mut w = [std::ptr::null(); N];
-        for j in 0..N {
-            // SAFETY: checked by `dots`.
-            w[j] = unsafe { job.w.as_ptr().add((job.outputs.first + n + j) * job.cols + segment * length) };
-        }
+        let first = (job.outputs.first + n) * job.cols + segment * length;
+        // SAFETY: checked by `dots`.
+        unroll!(j in 0..N => w[j] = unsafe { job.w.as_ptr().add(first + j * job.cols) });
         let mut sums = [[s.zero(); N]; R];
         // SAFETY: `length` elements of the segment.
         unsafe { tile(s, x, w, length, &mut sums) };
-        for i in 0..R {
-            for j in 0..N {
-                job.dots[(segment * rows + r + i) * outs + n + j] = s.sum(sums[i][j]);
-            }
-        }
+        unroll!(i in 0..R => unroll!(j in 0..N => {
+            job.dots[(segment * rows + r + i) * outs + n + j] = s.sum(sums[i][j])
+        }));
     }
 }
 
@@ -441,31 +434,20 @@ unsafe fn block_tile<S: Simd, E: Element, const R: usize, const N: usize>(
     let mut x = [std::ptr::null(); R];
     let mut w = [std::ptr::null(); N];
     let mut sums = [[s.zero(); N]; R];
-    // SAFETY: the packs hold `padded` elements a row, `sums` 16 a pair.
+    // SAFETY: the packs hold `padded` elements a row, `sums` 16 a pair, `dots` one a segment and pair.
     unsafe {
-        for i in 0..R {
-            x[i] = job.x_pack.as_ptr().add((r + i) * part.padded);
-        }
-        for j in 0..N {
-            w[j] = job.w_pack.as_ptr().add((n + j) * part.padded);
-        }
+        unroll!(i in 0..R => x[i] = job.x_pack.as_ptr().add((r + i) * part.padded));
+        unroll!(j in 0..N => w[j] = job.w_pack.as_ptr().add((n + j) * part.padded));
+        let held = job.sums.as_mut_ptr().add((r * outs + n) * LANES);
         if !part.start {
-            for i in 0..R {
-                for j in 0..N {
-                    sums[i][j] = s.load(job.sums.as_ptr().add(((r + i) * outs + n + j) * LANES));
-                }
-            }
+            unroll!(i in 0..R => unroll!(j in 0..N => sums[i][j] = s.load(held.add((i * outs + j) * LANES))));
         }
         tile(s, x, w, part.padded, &mut sums);
-        for i in 0..R {
-            for j in 0..N {
-                if part.end {
-                    let at = (part.segment * rows + r + i) * outs + n + j;
-                    *job.dots.get_unchecked_mut(at) = s.sum(sums[i][j]);
-                } else {
-                    s.store(job.sums.as_mut_ptr().add(((r + i) * outs + n + j) * LANES), sums[i][j]);
-                }
-            }
+        if part.end {
+            let dots = job.dots.as_mut_ptr().add((part.segment * rows + r) * outs + n);
+            unroll!(i in 0..R => unroll!(j in 0..N => *dots.add(i * outs + j) = s.sum(sums[i][j])));
+        } else {
+            unroll!(i in 0..R => unroll!(j in 0..N => s.store(held.add((i * outs + j) * LANES), sums[i][j])));
         }
     }
 }

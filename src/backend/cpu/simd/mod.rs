@@ -11,6 +11,22 @@ mod x86;
 
 use std::fmt;
 
+/// `for $i in 0..$n` for a constant `$n` of at most 8, written out: a loop over an array of vectors would keep the
+/// array in memory instead of registers.
+macro_rules! unroll {
+    ($i:ident in 0..$n:expr => $body:expr) => {
+        $crate::backend::cpu::simd::unroll!(@ $i, $n, $body, 0 1 2 3 4 5 6 7)
+    };
+    (@ $i:ident, $n:expr, $body:expr, $($k:literal)*) => {{
+        $(if $k < $n {
+            #[allow(non_upper_case_globals)]
+            const $i: usize = $k;
+            $body;
+        })*
+    }};
+}
+pub(super) use unroll;
+
 /// Lanes of a vector.
 pub const LANES: usize = 16;
 
