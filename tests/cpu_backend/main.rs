@@ -3,5 +3,6 @@
 mod attention;
 mod experts;
 mod products;
+mod ranks;
 mod small;
 mod support;
