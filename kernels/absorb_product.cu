@@ -7,7 +7,7 @@
 //                grid (ceil(DC / 64), tiles, groups); block 128
 // absorb_output: out = latent W_UV[g]^T
 //                grid (ceil(DV / 64), tiles, groups); block 128
-// dynamic shared memory: ABSORB_SMEM = 73728
+// dynamic shared memory: ABSORB_SMEM = 110592
 //   tiles = ceil(rows * most / 64), most = min(heads, heads_per_group)
 
 struct AbsorbProduct {
@@ -21,9 +21,9 @@ struct AbsorbProduct {
 };
 
 constexpr int TILE = 64, ROW = TILE + 8;  // elements; the 8 keep ldmatrix off equal banks
-constexpr int BUFFERS = 4;
+constexpr int BUFFERS = 6;
 constexpr int TILE_ELEMS = TILE * ROW;
-constexpr int ABSORB_SMEM = BUFFERS * 2 * TILE_ELEMS * 2;  // 73728 bytes
+constexpr int ABSORB_SMEM = BUFFERS * 2 * TILE_ELEMS * 2;  // 110592 bytes
 
 // 8 elements to shared memory, those from `valid` on zero. Unaligned rows go one element at a time.
 template <bool WIDE>
@@ -56,11 +56,20 @@ DEVICE void absorb(const AbsorbProduct& a) {
   if (mine <= 0 || m0 >= pairs) return;
   const u16* w = a.kv_up + ((size_t)group * (DN + DV) + (OUTPUT ? DN : 0)) * DC;
 
+  // A thread copies 8 columns of every 16th row of a tile.
+  const int c = tid % 8 * 8;
+  const u16* x_row[TILE / 16];  // null past the last pair
+#pragma unroll
+  for (int j = 0; j < TILE / 16; j++) {
+    const int p = m0 + tid / 8 + 16 * j;
+    x_row[j] = p < pairs ? a.in + ((size_t)(p / mine) * a.heads + first + p % mine) * IN : nullptr;
+  }
   auto load_w = [&](int step) {
     u16* dst = ws + step % BUFFERS * TILE_ELEMS;
     const int k0 = step * TILE;
-    for (int i = tid; i < TILE * 8; i += 128) {
-      const int r = i / 8, c = i % 8 * 8;
+#pragma unroll
+    for (int j = 0; j < TILE / 16; j++) {
+      const int r = tid / 8 + 16 * j;
       const int wr = (OUTPUT ? n0 : k0) + r, wc = (OUTPUT ? k0 : n0) + c;
       const bool in = wr < (OUTPUT ? N : K) && wc < DC;
       copy8<WIDE_W>(dst + r * ROW + c, w + (in ? (size_t)wr * DC + wc : 0), in ? DC - wc : 0);
@@ -69,11 +78,10 @@ DEVICE void absorb(const AbsorbProduct& a) {
   auto load_x = [&](int step) {
     u16* dst = xs + step % BUFFERS * TILE_ELEMS;
     const int k0 = step * TILE;
-    for (int i = tid; i < TILE * 8; i += 128) {
-      const int r = i / 8, c = i % 8 * 8, p = m0 + r;
-      const bool in = p < pairs && k0 + c < K;
-      const u16* src = a.in + ((size_t)(p / mine) * a.heads + first + p % mine) * IN + k0 + c;
-      copy8<WIDE_X>(dst + r * ROW + c, in ? src : a.in, in ? K - k0 - c : 0);
+#pragma unroll
+    for (int j = 0; j < TILE / 16; j++) {
+      const bool in = x_row[j] != nullptr && k0 + c < K;
+      copy8<WIDE_X>(dst + (tid / 8 + 16 * j) * ROW + c, in ? x_row[j] + k0 + c : a.in, in ? K - k0 - c : 0);
     }
   };
 
@@ -92,6 +100,20 @@ DEVICE void absorb(const AbsorbProduct& a) {
   for (int s = 0; s < BUFFERS - 1; s++) {
     if (s < STEPS) load_x(s);
     cp_async_commit();  // the first group has all weights so far: harmless
+  }
+
+  // The rope parts pass by; the CTAs of a row tile share them.
+  if (!OUTPUT && DR > 0) {
+    constexpr int AT_ONCE = DN % 8 == 0 && DR % 8 == 0 && DC % 8 == 0 ? 8 : 1, CHUNKS = DR > 0 ? DR / AT_ONCE : 1;
+    for (int i = blockIdx.x * 128 + tid; i < TILE * CHUNKS; i += gridDim.x * 128) {
+      const int p = m0 + i / CHUNKS, col = i % CHUNKS * AT_ONCE;
+      if (p >= pairs) break;
+      const size_t at = (size_t)(p / mine) * a.heads + first + p % mine;
+      const u16* src = a.in + at * (DN + DR) + DN + col;
+      u16* dst = a.out + at * (DC + DR) + DC + col;
+      if (AT_ONCE == 8) *(uint4*)dst = *(const uint4*)src;
+      else *dst = *src;
+    }
   }
 
   for (int s = 0; s < STEPS; s++) {
@@ -136,14 +158,6 @@ DEVICE void absorb(const AbsorbProduct& a) {
         if (col < N) out[col] = f32_to_bf16(acc[n][2 * h]);
         if (col + 1 < N) out[col + 1] = f32_to_bf16(acc[n][2 * h + 1]);
       }
-    }
-  }
-  if (!OUTPUT && n0 == 0) {
-    for (int i = tid; i < TILE * DR; i += 128) {
-      const int p = m0 + i / (DR + (DR == 0)), c = i % (DR + (DR == 0));
-      if (p >= pairs) break;
-      const size_t at = (size_t)(p / mine) * a.heads + first + p % mine;
-      a.out[at * OUT + DC + c] = a.in[at * (DN + DR) + DN + c];
     }
   }
 }

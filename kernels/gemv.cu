@@ -17,10 +17,10 @@
 #define OUT_F32 0
 #endif
 #ifndef TILE_ROWS
-#define TILE_ROWS (ROWS <= 8 ? 16 : 32)
+#define TILE_ROWS (ROWS <= 4 ? 16 : 32)
 #endif
 #ifndef STEP
-#define STEP (ROWS == 1 || ROWS == 8 ? 1024 : 512)
+#define STEP (ROWS <= 4 ? 1024 : 512)
 #endif
 
 struct Gemv {
@@ -40,11 +40,11 @@ struct Gemv {
 };
 
 #define GEMV_TOKENS (ROWS <= 8 ? 8 : 16)
-// Up to four rows two CTAs fit in a multiprocessor, so that a launch's first weights
-// are on their way while the launch before it ends; with more, a deeper ring gains more.
+// With one row two CTAs fit in a multiprocessor, so that a launch's first weights are
+// on their way while the launch before it ends; with more rows a deeper ring gains more.
 #ifndef RING
-constexpr int GEMV_FIT = (ROWS <= 4 ? 107 : 214) * 1024 / ((TILE_ROWS + ROWS) * (STEP * 2 + 64));
-#define RING (GEMV_FIT < 2 ? 2 : GEMV_FIT > 8 ? 8 : GEMV_FIT)
+constexpr int GEMV_FIT = (ROWS == 1 ? 107 : 214) * 1024 / ((TILE_ROWS + ROWS) * (STEP * 2 + 64));
+#define RING (GEMV_FIT < 2 ? 2 : GEMV_FIT > 4 ? 4 : GEMV_FIT)
 #endif
 #ifndef LOADERS
 #define LOADERS 3

@@ -30,53 +30,76 @@ DEVICE float dot8(uint4 a, uint4 b) {
   return s + bf16_lo(a.w) * bf16_lo(b.w) + bf16_hi(a.w) * bf16_hi(b.w);
 }
 
+constexpr int CHUNK = 8;                  // 16-byte loads of a gate row a lane has under way
+constexpr int CHUNK_COLUMNS = CHUNK * 256;
+
+// A warp's part of one expert's gate row, zeros past its end.
+DEVICE void load_gate(const u16* gate, int base, int lane, uint4 (&g)[CHUNK]) {
+#pragma unroll
+  for (int i = 0; i < CHUNK; i++) {
+    const int col = base + (i * 32 + lane) * 8;
+    g[i] = col < HIDDEN ? *(const uint4*)(gate + col) : make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Adds the products with `Rows` rows from `first` on; rows past the last are counted as the last.
+template <int Rows>
+DEVICE void add_rows(const Route& a, int first, int base, int lane, const uint4 (&g)[CHUNK], float (&sum)[Rows]) {
+#pragma unroll
+  for (int r = 0; r < Rows; r++) {
+    const u16* x = a.x + (size_t)min(first + r, a.rows - 1) * HIDDEN;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) {
+      const int col = base + (i * 32 + lane) * 8;
+      if (base + i * 256 < HIDDEN) sum[r] += dot8(g[i], *(const uint4*)(x + (col < HIDDEN ? col : 0)));
+    }
+  }
+}
+
+// One expert's logits of `Rows` rows, `g` being the gate's first chunk.
+template <int Rows>
+DEVICE void expert_logits(const Route& a, int expert, int first, int lane, const uint4 (&g)[CHUNK]) {
+  float sum[Rows];
+#pragma unroll
+  for (int r = 0; r < Rows; r++) sum[r] = 0.f;
+  add_rows<Rows>(a, first, 0, lane, g, sum);
+  for (int base = CHUNK_COLUMNS; base < HIDDEN; base += CHUNK_COLUMNS) {
+    uint4 next[CHUNK];
+    load_gate(a.gate + (size_t)expert * HIDDEN, base, lane, next);
+    add_rows<Rows>(a, first, base, lane, next, sum);
+  }
+#pragma unroll
+  for (int r = 0; r < Rows; r++) {
+    sum[r] = warp_sum(sum[r]);
+    if (lane == 0 && first + r < a.rows) a.logits[(size_t)(first + r) * EXPERTS + expert] = sum[r];
+  }
+}
+
 // A warp computes one expert's logits of eight rows.
 extern "C" __global__ void __launch_bounds__(256) route_logits(const Route a) {
   const int expert = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first = blockIdx.y * ROUTE_ROWS, rows = min(ROUTE_ROWS, a.rows - first);
+  const int first = blockIdx.y * ROUTE_ROWS, last = min(first + ROUTE_ROWS, a.rows);
   grid_launch_dependents();
   if (expert >= EXPERTS) return;
-  const u16* gate = a.gate + (size_t)expert * HIDDEN;
-  const u16* x = a.x + (size_t)first * HIDDEN;
-  float sum[ROUTE_ROWS];
-#pragma unroll
-  for (int r = 0; r < ROUTE_ROWS; r++) sum[r] = 0.f;
   if (HIDDEN % 8 == 0) {
     // The gate's first part is on its way before x is known.
-    constexpr int EARLY = 8;
-    uint4 early[EARLY];
-#pragma unroll
-    for (int i = 0; i < EARLY; i++)
-      if ((i * 32 + lane) * 8 < HIDDEN) early[i] = *(const uint4*)(gate + (i * 32 + lane) * 8);
+    uint4 g[CHUNK];
+    load_gate(a.gate + (size_t)expert * HIDDEN, 0, lane, g);
     grid_wait();
-#pragma unroll
-    for (int i = 0; i < EARLY; i++) {
-      const int col = (i * 32 + lane) * 8;
-      if (col < HIDDEN) {
-#pragma unroll
-        for (int r = 0; r < ROUTE_ROWS; r++)
-          if (r < rows) sum[r] += dot8(early[i], *(const uint4*)(x + (size_t)r * HIDDEN + col));
-      }
-    }
-    for (int col = (EARLY * 32 + lane) * 8; col < HIDDEN; col += 256) {
-      const uint4 g = *(const uint4*)(gate + col);
-#pragma unroll
-      for (int r = 0; r < ROUTE_ROWS; r++)
-        if (r < rows) sum[r] += dot8(g, *(const uint4*)(x + (size_t)r * HIDDEN + col));
+    if (a.rows == 1) {
+      expert_logits<1>(a, expert, 0, lane, g);
+    } else {
+      for (int r = first; r < last; r += 4) expert_logits<4>(a, expert, r, lane, g);
     }
   } else {
     grid_wait();
-    for (int col = lane; col < HIDDEN; col += 32) {
-      const float g = bf16_to_f32(gate[col]);
-#pragma unroll
-      for (int r = 0; r < ROUTE_ROWS; r++)
-        if (r < rows) sum[r] += g * bf16_to_f32(x[(size_t)r * HIDDEN + col]);
+    for (int r = first; r < last; r++) {
+      float sum = 0.f;
+      for (int col = lane; col < HIDDEN; col += 32)
+        sum += bf16_to_f32(a.gate[(size_t)expert * HIDDEN + col]) * bf16_to_f32(a.x[(size_t)r * HIDDEN + col]);
+      sum = warp_sum(sum);
+      if (lane == 0) a.logits[(size_t)r * EXPERTS + expert] = sum;
     }
-  }
-#pragma unroll
-  for (int r = 0; r < ROUTE_ROWS; r++) {
-    sum[r] = warp_sum(sum[r]);
-    if (lane == 0 && r < rows) a.logits[(size_t)(first + r) * EXPERTS + expert] = sum[r];
   }
 }
 
