@@ -7,7 +7,7 @@
 //                grid (ceil(DC / 64), tiles, groups); block 128
 // absorb_output: out = latent W_UV[g]^T
 //                grid (ceil(DV / 64), tiles, groups); block 128
-// dynamic shared memory: ABSORB_SMEM = 110592
+// dynamic shared memory: ABSORB_SMEM
 //   tiles = ceil(rows * most / 64), most = min(heads, heads_per_group)
 
 struct AbsorbProduct {
@@ -21,9 +21,9 @@ struct AbsorbProduct {
 };
 
 constexpr int TILE = 64, ROW = TILE + 8;  // elements; the 8 keep ldmatrix off equal banks
-constexpr int BUFFERS = 6;
+constexpr int BUFFERS = SHARED_KIB < 100 ? 4 : 6;
 constexpr int TILE_ELEMS = TILE * ROW;
-constexpr int ABSORB_SMEM = BUFFERS * 2 * TILE_ELEMS * 2;  // 110592 bytes
+constexpr int ABSORB_SMEM = BUFFERS * 2 * TILE_ELEMS * 2;  // 110592 bytes on Hopper
 
 // 8 elements to shared memory, those from `valid` on zero. Unaligned rows go one element at a time.
 template <bool WIDE>

@@ -291,6 +291,13 @@ DEVICE void mbar_arrive_copies(u32 bar) {
 
 #define DEVICE_MEMBER __device__ __forceinline__
 
+// Shared memory a block may count on, KiB, with a little left for sums and barriers.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+#define SHARED_KIB 84
+#else
+#define SHARED_KIB 210
+#endif
+
 // ---- skinny products: few rows of x, and a weight matrix that streams through once ----
 //
 // Loading warps bring weights and x to a ring of stages in shared memory, eight
@@ -300,9 +307,11 @@ DEVICE void mbar_arrive_copies(u32 bar) {
 // as both sides agree: a lane takes 8 neighbours of its row in one 16-byte load,
 // which is its share of two mma steps, and no fragment needs rearranging.
 
-// Room: rows of x there is room for, at most Tokens and 64. Bulk: rows come with the
-// bulk copy engine, which pays from 2 KiB a row on, else with cp.async.
-template <int Rows, int Tokens, int Room, int Step, int Ring, int Loaders, bool Bulk>
+// Rows come with cp.async. (The bulk copy engine takes some 80 cycles a copy: as fast
+// from 2 KiB a row on, half as fast at 512 bytes.)
+//
+// Room: rows of x there is room for, at most Tokens and 64.
+template <int Rows, int Tokens, int Room, int Step, int Ring, int Loaders>
 struct Skinny {
   static constexpr int COMPUTE = 256, THREADS = COMPUTE + 32 * (Loaders + 1);
   static constexpr int WR = Rows / 16, WT = Tokens > 32 && WR <= 4 ? 2 : 1, WK = 8 / (WR * WT);  // warps along each side
@@ -344,7 +353,7 @@ struct Skinny {
   static DEVICE_MEMBER void init(u32 base) {
     if (threadIdx.x == 0) {
       for (int s = 0; s < Ring; s++) {
-        mbar_init(full(base, s), (Loaders + 1) * (Bulk ? 1 : 32));
+        mbar_init(full(base, s), (Loaders + 1) * 32);
         mbar_init(empty(base, s), 8);
       }
       mbar_init_fence();
@@ -384,15 +393,6 @@ struct Skinny {
       const int s = c.n % Ring, rows = c.work.rows(), bytes = c.length() * 2;
       const u32 dst = base + s * STAGE, bar = full(base, s);
       wait_empty(c, base);
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-      if (Bulk) {
-        if (lane == 0) mbar_arrive_expect(bar, (warp < rows ? (rows - warp + Loaders - 1) / Loaders : 0) * bytes);
-        __syncwarp();
-        for (int r = warp + lane * Loaders; r < rows; r += 32 * Loaders)
-          bulk_load_hint(dst + r * STRIDE, c.work.w_row(r) + c.k0, bytes, bar, l2_evict_first());
-        continue;
-      }
-#endif
 #pragma unroll 4
       for (int r = warp; r < rows; r += Loaders) copy_row(dst + r * STRIDE, c.work.w_row(r) + c.k0, bytes, lane);
       mbar_arrive_copies(bar);
@@ -410,15 +410,6 @@ struct Skinny {
         if (lane + 32 < tokens) x[1] = (u64)c.work.x_row(lane + 32);
       }
       wait_empty(c, base);
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-      if (Bulk) {
-        if (lane == 0) mbar_arrive_expect(bar, tokens * bytes);
-        __syncwarp();
-        if (lane < tokens) bulk_load(dst + lane * STRIDE, (const u16*)x[0] + c.k0, bytes, bar);
-        if (lane + 32 < tokens) bulk_load(dst + (lane + 32) * STRIDE, (const u16*)x[1] + c.k0, bytes, bar);
-        continue;
-      }
-#endif
 #pragma unroll 4
       for (int t = 0; t < min(tokens, 32); t++)
         copy_row(dst + t * STRIDE, (const u16*)__shfl_sync(0xffffffffu, x[0], t) + c.k0, bytes, lane);

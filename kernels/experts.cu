@@ -9,6 +9,8 @@
 //   experts_gate_up  grid number of multiprocessors; block EXPERTS_THREADS = 384; dynamic shared memory UP_SMEM
 //   experts_down     grid number of multiprocessors; block EXPERTS_THREADS = 384; dynamic shared memory DOWN_SMEM
 //   experts_sum      grid (ceil(HIDDEN / 1024), rows); block 128
+// With overlapping launches experts_down must directly follow experts_gate_up: its
+// loading warps read the plan before grid_wait.
 // Where HIDDEN, WIDTH or SHARED_WIDTH is no multiple of 32, instead of the middle two:
 //   experts_gate_up_any, experts_down_any: grid any (4 a multiprocessor); block 256; no dynamic shared memory
 //
@@ -41,10 +43,10 @@ constexpr int SLOTS = TOP_K + SHARED;
 constexpr int H_WIDTH = WIDTH > SHARED_WIDTH ? WIDTH : SHARED_WIDTH;
 
 #ifndef TILE_ROWS
-#define TILE_ROWS (TOKENS <= 8 ? 32 : 64)
+#define TILE_ROWS (SHARED_KIB < 100 || TOKENS <= 8 ? 32 : 64)
 #endif
 #ifndef STEP
-#define STEP (TOKENS <= 8 ? 512 : 256)
+#define STEP (SHARED_KIB < 100 ? (TOKENS <= 32 ? 256 : 128) : TOKENS <= 8 ? 512 : 256)
 #endif
 #ifndef LOADERS
 #define LOADERS 3
@@ -52,7 +54,7 @@ constexpr int H_WIDTH = WIDTH > SHARED_WIDTH ? WIDTH : SHARED_WIDTH;
 // With few rows a CTA of each of the two products fits in a multiprocessor, so that
 // the second's first weights are on their way while the first ends.
 constexpr int EXPERTS_STAGE = (TILE_ROWS + TOKENS) * (STEP * 2 + 64);
-constexpr int EXPERTS_FIT = 205 * 1024 / EXPERTS_STAGE < 2 ? 2 : 205 * 1024 / EXPERTS_STAGE;
+constexpr int EXPERTS_FIT = SHARED_KIB * 1024 / EXPERTS_STAGE < 2 ? 2 : SHARED_KIB * 1024 / EXPERTS_STAGE;
 #ifndef UP_RING
 #define UP_RING (TOKENS <= 8 ? 3 : EXPERTS_FIT)
 #endif
@@ -60,7 +62,7 @@ constexpr int EXPERTS_FIT = 205 * 1024 / EXPERTS_STAGE < 2 ? 2 : 205 * 1024 / EX
 #define DOWN_RING (TOKENS <= 8 ? 2 : EXPERTS_FIT)
 #endif
 template <bool UP>
-struct ExpertsEngine : Skinny<TILE_ROWS, TOKENS, TOKENS, STEP, UP ? UP_RING : DOWN_RING, LOADERS, false> {};
+struct ExpertsEngine : Skinny<TILE_ROWS, TOKENS, TOKENS, STEP, UP ? UP_RING : DOWN_RING, LOADERS> {};
 constexpr int UP_SMEM = ExpertsEngine<true>::BYTES, DOWN_SMEM = ExpertsEngine<false>::BYTES;
 constexpr int EXPERTS_THREADS = ExpertsEngine<true>::THREADS;
 extern "C" __device__ int experts_up_bytes = UP_SMEM;

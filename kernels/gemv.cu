@@ -5,7 +5,7 @@
 //
 // -D ROWS   rows of x at most: 1, 2, 4, 8 or 16
 //    OUT_F32 1 for f32 output (logits), default 0: bf16
-//    TILE_ROWS, STEP, RING, LOADERS, BULK  tiling, defaults below
+//    TILE_ROWS, STEP, RING, LOADERS  tiling, defaults below
 // gemv, gemv_gated: grid number of multiprocessors; block GEMV_THREADS = 288 + 32 * LOADERS = 384; dynamic shared memory
 //   GEMV_SMEM (the global int `gemv_shared_bytes` of the module)
 //   need k % 32 == 0, x_stride % 8 == 0, x and w at 16 bytes
@@ -20,7 +20,7 @@
 #define TILE_ROWS (ROWS <= 4 ? 16 : 32)
 #endif
 #ifndef STEP
-#define STEP (ROWS <= 4 ? 1024 : 512)
+#define STEP (SHARED_KIB < 100 ? 256 : ROWS <= 4 ? 1024 : 512)
 #endif
 
 struct Gemv {
@@ -43,21 +43,13 @@ struct Gemv {
 // With one row two CTAs fit in a multiprocessor, so that a launch's first weights are
 // on their way while the launch before it ends; with more rows a deeper ring gains more.
 #ifndef RING
-constexpr int GEMV_FIT = (ROWS == 1 ? 107 : 214) * 1024 / ((TILE_ROWS + ROWS) * (STEP * 2 + 64));
+constexpr int GEMV_FIT = (ROWS == 1 && SHARED_KIB > 107 ? 107 : SHARED_KIB) * 1024 / ((TILE_ROWS + ROWS) * (STEP * 2 + 64));
 #define RING (GEMV_FIT < 2 ? 2 : GEMV_FIT > 4 ? 4 : GEMV_FIT)
 #endif
 #ifndef LOADERS
 #define LOADERS 3
 #endif
-#ifndef BULK
-#define BULK 0
-#endif
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool USE_BULK = false;
-#else
-constexpr bool USE_BULK = BULK;
-#endif
-typedef Skinny<TILE_ROWS, GEMV_TOKENS, ROWS, STEP, RING, LOADERS, USE_BULK> Engine;
+typedef Skinny<TILE_ROWS, GEMV_TOKENS, ROWS, STEP, RING, LOADERS> Engine;
 constexpr int GEMV_SMEM = Engine::BYTES, GEMV_THREADS = Engine::THREADS;
 extern "C" __device__ int gemv_shared_bytes = GEMV_SMEM;
 extern "C" __device__ int gemv_threads = Engine::THREADS;
