@@ -15,8 +15,20 @@ use crate::engine::scheduler::{Plan, Scheduler};
 use crate::engine::stats::Shared;
 use crate::error::{Error, Result};
 
-/// How often an idle coordinator makes sure that every rank still answers.
-const HEARTBEAT: Duration = Duration::from_millis(500);
+/// The loop's two waits.
+#[derive(Debug, Clone, Copy)]
+pub struct Timing {
+    /// How often an idle coordinator makes sure that every rank still answers.
+    pub heartbeat: Duration,
+    /// After a failure, how long readers have for the last events before this process ends with the others.
+    pub grace: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Timing {
+        Timing { heartbeat: Duration::from_millis(400), grace: Duration::from_millis(300) }
+    }
+}
 
 /// What other threads ask of the coordinator.
 pub enum Command {
@@ -45,6 +57,7 @@ struct Active {
     job: Job,
     seed: u64,
     tokens: usize,
+    began: Option<Instant>,
     first_token: Option<Instant>,
     /// Prompt log-probabilities so far, one a position from the second on.
     prompt_logprobs: Vec<Option<Logprob>>,
@@ -61,6 +74,7 @@ pub struct Coordinator {
     message: Vec<u8>,
     /// Cut short at this moment, once draining.
     deadline: Option<Instant>,
+    timing: Timing,
 }
 
 impl Coordinator {
@@ -72,8 +86,22 @@ impl Coordinator {
         shared: Arc<Shared>,
         eos: Vec<u32>,
     ) -> Coordinator {
-        let active = BTreeMap::new();
-        Coordinator { runner, scheduler, commands, shared, eos, active, message: vec![], deadline: None }
+        Coordinator {
+            runner,
+            scheduler,
+            commands,
+            shared,
+            eos,
+            active: BTreeMap::new(),
+            message: vec![],
+            deadline: None,
+            timing: Timing::default(),
+        }
+    }
+
+    /// Other waits than the usual.
+    pub fn with_timing(self, timing: Timing) -> Coordinator {
+        Coordinator { timing, ..self }
     }
 
     /// Serves until told to stop. On an error every stream is failed, and the other ranks are ended.
@@ -99,8 +127,7 @@ impl Coordinator {
             }
             Err(e) => {
                 if self.runner.comm().world() > 1 {
-                    // Readers of the streams get their last event before this process ends with the others.
-                    std::thread::sleep(Duration::from_millis(300));
+                    std::thread::sleep(self.timing.grace);
                     self.runner.comm().abort(e.exit_code(), &e.to_string());
                 }
                 result
@@ -126,7 +153,7 @@ impl Coordinator {
                 return Ok(false);
             }
             let command = if idle {
-                match self.commands.recv_timeout(HEARTBEAT) {
+                match self.commands.recv_timeout(self.timing.heartbeat) {
                     Ok(command) => command,
                     Err(RecvTimeoutError::Timeout) => {
                         self.heartbeat()?;
@@ -173,12 +200,20 @@ impl Coordinator {
     fn admit(&mut self, job: Job) {
         let r = &job.request;
         if r.max_tokens == 0 && r.prompt_logprobs.is_none() {
-            let done = finished(&job, Reason::Length, 0, None);
+            let done = Finished {
+                reason: Reason::Length,
+                prompt_tokens: r.prompt.len(),
+                cached_tokens: 0,
+                tokens: 0,
+                queued: Duration::ZERO,
+                ttft: Duration::ZERO,
+                total: job.submitted.elapsed(),
+            };
             return finish(&self.shared, &job, Event::Finished(done));
         }
         self.scheduler.add(job.id, r.prompt.clone(), r.prompt_logprobs.is_some());
         let seed = r.sampling.seed.unwrap_or_else(|| self.shared.draw_seed());
-        let active = Active { seed, tokens: 0, first_token: None, prompt_logprobs: vec![None], job };
+        let active = Active { seed, tokens: 0, began: None, first_token: None, prompt_logprobs: vec![None], job };
         self.active.insert(active.job.id, active);
     }
 
@@ -195,6 +230,11 @@ impl Coordinator {
         let mut step = plan.step;
         let greedy = |id: &u64| self.active.get(id).is_none_or(|a| a.job.request.greedy_only());
         step.want = if plan.outputs.iter().all(|(id, _)| greedy(id)) { Want::Argmax } else { Want::Logits };
+        for id in &plan.began {
+            if let Some(active) = self.active.get_mut(id) {
+                active.began = Some(began);
+            }
+        }
         let rows = step.tokens.len();
         let _span = tracing::debug_span!("step", number = step.number, rows, sequences = step.spans.len()).entered();
         self.shared.beat_begins();
@@ -286,23 +326,22 @@ impl Coordinator {
     }
 
     fn end(&mut self, id: u64, reason: Reason) {
+        let cached = self.scheduler.cached(id);
         self.scheduler.remove(id);
         self.shared.blocks(self.scheduler.blocks(), self.scheduler.counts());
         if let Some(a) = self.active.remove(&id) {
-            let done = finished(&a.job, reason, a.tokens, a.first_token);
+            let since = |moment: Option<Instant>| moment.map_or(Duration::ZERO, |m| m - a.job.submitted);
+            let done = Finished {
+                reason,
+                prompt_tokens: a.job.request.prompt.len(),
+                cached_tokens: cached,
+                tokens: a.tokens,
+                queued: since(a.began),
+                ttft: since(a.first_token),
+                total: a.job.submitted.elapsed(),
+            };
             finish(&self.shared, &a.job, Event::Finished(done));
         }
-    }
-}
-
-fn finished(job: &Job, reason: Reason, tokens: usize, first: Option<Instant>) -> Finished {
-    Finished {
-        reason,
-        prompt_tokens: job.request.prompt.len(),
-        cached_tokens: 0,
-        tokens,
-        ttft: first.map_or(Duration::ZERO, |f| f - job.submitted),
-        total: job.submitted.elapsed(),
     }
 }
 

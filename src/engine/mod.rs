@@ -28,7 +28,8 @@ use coordinator::{Command, Coordinator, Job};
 pub use request::{Event, Finished, Logprob, Reason, Request, Sampling, Token};
 use scheduler::{Limits, Scheduler};
 pub use setup::{Config, Info};
-use stats::{Shared, Stats};
+use stats::Shared;
+pub use stats::Stats;
 
 /// A running engine; rank 0's handle. Cloning shares it. Dropping the last handle lets running streams finish.
 #[derive(Clone)]
@@ -80,7 +81,12 @@ impl Engine {
                 }
             };
             let shared = Arc::new(Shared::new(info.blocks));
-            let limits = Limits { sequences: config.max_sequences, step_tokens: info.step_tokens, blocks: info.blocks };
+            let limits = Limits {
+                sequences: config.max_sequences,
+                step_tokens: info.step_tokens,
+                blocks: info.blocks,
+                share_prefixes: config.share_prefixes,
+            };
             let eos = info.model.eos.clone();
             let _ = ready.send(Ok((info, Arc::clone(&shared))));
             Coordinator::new(runner, Scheduler::new(limits), inbox, shared, eos).run()
@@ -164,6 +170,26 @@ impl Engine {
     /// How long the ranks have owed an answer; a rank that is lost makes this grow.
     pub fn unanswered(&self) -> Duration {
         self.shared.unanswered()
+    }
+
+    /// Whether every rank answers in time. False while one is lost and not yet given up.
+    pub fn answers(&self) -> bool {
+        self.shared.answers()
+    }
+
+    /// Whether a request would be queued rather than refused for want of room.
+    pub fn has_room(&self) -> bool {
+        self.shared.outstanding.load(Ordering::Acquire) < self.bound
+    }
+
+    /// Whether [`drain`](Engine::drain) or [`shutdown`](Engine::shutdown) has been called.
+    pub fn draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    /// Takes nothing new from now on; what runs goes on. [`drain`](Engine::drain) does this too.
+    pub fn close(&self) {
+        self.draining.store(true, Ordering::Release);
     }
 
     /// Takes nothing new, finishes what runs for at most `patience`, then stops. Twice is fine.

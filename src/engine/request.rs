@@ -125,6 +125,8 @@ pub struct Finished {
     pub cached_tokens: usize,
     /// Tokens generated.
     pub tokens: usize,
+    /// From submission to the first step.
+    pub queued: Duration,
     /// From submission to the first token.
     pub ttft: Duration,
     /// From submission to the end.

@@ -2,11 +2,12 @@
 //!
 //! A sequence is its tokens and how many of them are in the cache. One token short of the end is decoding; more is
 //! prefill, a chunk at a time. When blocks run out the youngest sequence gives up its own and computes them again later.
+//! A sequence that begins with tokens of which full blocks are in the cache shares these and computes the rest.
 
 use std::collections::{HashMap, VecDeque};
 
 use crate::cache::BLOCK;
-use crate::cache::pool::Pool;
+use crate::cache::pool::{Key, Pool};
 use crate::engine::message::{Step, StepSpan};
 
 /// Bounds of a step.
@@ -18,6 +19,8 @@ pub struct Limits {
     pub step_tokens: usize,
     /// Blocks in the cache of every rank.
     pub blocks: usize,
+    /// Whether sequences share the blocks of a common prefix.
+    pub share_prefixes: bool,
 }
 
 #[derive(Debug)]
@@ -29,8 +32,26 @@ struct Sequence {
     /// Blocks of `blocks` that the ranks know of.
     told: usize,
     slot: Option<u32>,
+    /// Keys of its first full blocks, as many as have been needed yet.
+    keys: Vec<Key>,
+    /// Blocks of `blocks` that are known by their keys.
+    known: usize,
+    /// It has computed something, be it before a pre-emption.
+    begun: bool,
+    /// Tokens of the prompt that were in the cache when it first ran; `None` before that.
+    cached: Option<usize>,
     /// Rows of every prompt position are wanted (prompt log-probabilities).
     all_rows: bool,
+}
+
+impl Sequence {
+    /// Makes the keys of the first `full` blocks.
+    fn hash_to(&mut self, full: usize) {
+        for i in self.keys.len()..full {
+            let key = Key::of(self.keys.last().copied(), &self.tokens[i * BLOCK..(i + 1) * BLOCK]);
+            self.keys.push(key);
+        }
+    }
 }
 
 /// The scheduler's state.
@@ -55,11 +76,15 @@ pub struct Plan {
     pub step: Step,
     /// A sequence of each output row, in order, and the position of that row in the sequence.
     pub outputs: Vec<(u64, usize)>,
+    /// Sequences that compute for the first time.
+    pub began: Vec<u64>,
 }
 
 impl Scheduler {
     /// Nothing waiting, all blocks free.
-    pub fn new(limits: Limits) -> Scheduler {
+    pub fn new(mut limits: Limits) -> Scheduler {
+        // Every sequence that runs can decode in every step.
+        limits.sequences = limits.sequences.min(limits.step_tokens);
         Scheduler {
             limits,
             pool: Pool::new(limits.blocks),
@@ -74,7 +99,18 @@ impl Scheduler {
 
     /// Queues a sequence. `id` must be new.
     pub fn add(&mut self, id: u64, prompt: Vec<u32>, all_rows: bool) {
-        let sequence = Sequence { tokens: prompt, computed: 0, blocks: vec![], told: 0, slot: None, all_rows };
+        let sequence = Sequence {
+            tokens: prompt,
+            computed: 0,
+            blocks: vec![],
+            told: 0,
+            slot: None,
+            keys: vec![],
+            known: 0,
+            begun: false,
+            cached: None,
+            all_rows,
+        };
         self.sequences.insert(id, sequence);
         self.waiting.push_back(id);
     }
@@ -91,7 +127,7 @@ impl Scheduler {
         self.waiting.retain(|w| *w != id);
         self.running.retain(|r| *r != id);
         if let Some(s) = self.sequences.remove(&id) {
-            self.pool.give(s.blocks);
+            self.pool.give(s.blocks.into_iter());
             self.slots.extend(s.slot);
         }
     }
@@ -99,6 +135,16 @@ impl Scheduler {
     /// A sequence's tokens, prompt first.
     pub fn tokens(&self, id: u64) -> &[u32] {
         self.sequences.get(&id).map_or(&[], |s| &s.tokens)
+    }
+
+    /// A running sequence's block table, and how many of its tokens are in the cache or in the step last planned.
+    pub fn table(&self, id: u64) -> Option<(&[u32], usize)> {
+        self.sequences.get(&id).filter(|s| s.slot.is_some()).map(|s| (&s.blocks[..], s.computed))
+    }
+
+    /// Tokens of a sequence's prompt that it found in the cache.
+    pub fn cached(&self, id: u64) -> usize {
+        self.sequences.get(&id).and_then(|s| s.cached).unwrap_or(0)
     }
 
     /// Sequences that run, and that wait.
@@ -120,11 +166,11 @@ impl Scheduler {
         let order = self.running.clone();
         let mut decoding = order.iter().filter(|id| self.rest(**id) == 1).count();
         for id in order {
-            if !self.running.contains(&id) {
+            let Some(rest) = self.sequences.get(&id).filter(|s| s.slot.is_some()).map(|s| s.tokens.len() - s.computed)
+            else {
                 continue;
-            }
-            let decodes = self.rest(id) == 1;
-            decoding -= usize::from(decodes);
+            };
+            decoding -= usize::from(rest == 1);
             let share = budget.saturating_sub(decoding);
             if share > 0 && self.make_room(id, share) {
                 budget -= self.schedule(id, share, &mut plan);
@@ -132,17 +178,14 @@ impl Scheduler {
         }
         while budget > 0 && self.running.len() < self.limits.sequences {
             let Some(id) = self.waiting.front().copied() else { break };
-            let needed = self.rest(id).min(budget).div_ceil(BLOCK);
-            if self.pool.free() < needed {
+            if !self.admit(id) {
                 break;
             }
             self.waiting.pop_front();
             self.running.push(id);
-            if let Some(s) = self.sequences.get_mut(&id) {
-                s.slot = self.slots.pop();
-            }
             budget -= self.schedule(id, budget, &mut plan);
         }
+        self.learn();
         if plan.step.spans.is_empty() {
             return None;
         }
@@ -154,6 +197,42 @@ impl Scheduler {
     /// Tokens of a sequence that are not in the cache.
     fn rest(&self, id: u64) -> usize {
         self.sequences.get(&id).map_or(0, |s| s.tokens.len() - s.computed)
+    }
+
+    /// Gives the first who waits a slot and the blocks of its prefix that are in the cache; false when the rest does not
+    /// fit.
+    fn admit(&mut self, id: u64) -> bool {
+        let Some(s) = self.sequences.get_mut(&id) else { return false };
+        // One token at least is computed, for its output. Log-probabilities need the rows of all.
+        let full = if s.all_rows || !self.limits.share_prefixes { 0 } else { (s.tokens.len() - 1) / BLOCK };
+        s.hash_to(full);
+        let (found, idle) = self.pool.find(&s.keys[..full]);
+        if s.tokens.len().div_ceil(BLOCK) - found > self.pool.free() - idle {
+            return false;
+        }
+        s.blocks = self.pool.share(&s.keys[..found]);
+        (s.computed, s.known) = (found * BLOCK, found);
+        s.cached.get_or_insert(s.computed);
+        s.slot = self.slots.pop();
+        true
+    }
+
+    /// Blocks that this step fills are known from the next step on.
+    fn learn(&mut self) {
+        if !self.limits.share_prefixes {
+            return;
+        }
+        for id in &self.running {
+            let Some(s) = self.sequences.get_mut(id) else { continue };
+            let full = s.computed / BLOCK;
+            if full > s.known {
+                s.hash_to(full);
+                for i in s.known..full {
+                    self.pool.know(s.blocks[i], s.keys[i]);
+                }
+                s.known = full;
+            }
+        }
     }
 
     /// Frees blocks, the youngest sequence's first, until the next chunk of `id` fits; false when `id` itself had to go.
@@ -177,7 +256,7 @@ impl Scheduler {
         if let Some(s) = self.sequences.get_mut(&id) {
             self.pool.give(s.blocks.drain(..));
             self.slots.extend(s.slot.take());
-            (s.computed, s.told) = (0, 0);
+            (s.computed, s.told, s.known) = (0, 0, 0);
             self.waiting.push_front(id);
             self.preemptions += 1;
         }
@@ -191,6 +270,9 @@ impl Scheduler {
         let missing = end.div_ceil(BLOCK).saturating_sub(s.blocks.len());
         let Some(taken) = self.pool.take(missing) else { return 0 };
         s.blocks.extend(taken);
+        if !std::mem::replace(&mut s.begun, true) {
+            plan.began.push(id);
+        }
         let first = plan.step.tokens.len();
         plan.step.spans.push(StepSpan {
             slot: s.slot.unwrap_or(0),

@@ -35,6 +35,8 @@ pub struct Config {
     pub max_waiting: usize,
     /// Tokens a step, prompts' chunks included.
     pub step_tokens: usize,
+    /// Whether sequences share the cache of a common prefix.
+    pub share_prefixes: bool,
     /// Longest context; `None` takes the model's, as far as the cache goes.
     pub max_context: Option<usize>,
     /// Tokens the cache holds on every rank; `None` takes what memory allows, up to every sequence at full context.
@@ -56,6 +58,7 @@ impl Config {
             max_sequences: 64,
             max_waiting: 256,
             step_tokens: 512,
+            share_prefixes: true,
             max_context: None,
             cache_tokens: None,
             threads: None,

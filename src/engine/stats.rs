@@ -8,6 +8,9 @@ use crate::engine::coordinator::Job;
 use crate::engine::request::Event;
 use crate::error::Error;
 
+/// The least time in which a rank has to answer before it is said not to.
+const PROMPT: Duration = Duration::from_millis(400);
+
 /// A snapshot of the engine.
 #[derive(Debug, Clone, Default)]
 pub struct Stats {
@@ -37,8 +40,14 @@ pub struct Stats {
     pub step_time: Duration,
     /// The last step's time.
     pub last_step: Duration,
-    /// Of that, in all-reduces (rank 0's view).
+    /// The slowest step's.
+    pub slowest_step: Duration,
+    /// Of all steps' time, in all-reduces (rank 0's view).
     pub reduce_time: Duration,
+    /// Tokens of finished requests' prompts.
+    pub prompt_tokens: u64,
+    /// Of those, found in the cache.
+    pub cached_tokens: u64,
     /// Sum of times to first token, over `first_tokens` requests.
     pub ttft: Duration,
     /// Requests that have had a first token.
@@ -81,6 +90,13 @@ impl Shared {
         lock(&self.stopped).clone()
     }
 
+    /// Whether every rank is heard of: the engine runs, and no answer is overdue. A step is overdue at twice the time of
+    /// the slowest before it.
+    pub fn answers(&self) -> bool {
+        let bound = PROMPT.max(2 * lock(&self.stats).slowest_step);
+        self.stopped().is_none() && self.unanswered() < bound
+    }
+
     /// How long the ranks have owed an answer.
     pub fn unanswered(&self) -> Duration {
         lock(&self.asked).map_or(Duration::ZERO, |t| t.elapsed())
@@ -115,6 +131,7 @@ impl Shared {
         s.generated_tokens += tokens as u64;
         s.step_time += time;
         s.last_step = time;
+        s.slowest_step = s.slowest_step.max(time);
         s.reduce_time += reduce;
         s.preemptions = preemptions;
     }
@@ -129,8 +146,12 @@ impl Shared {
         self.outstanding.fetch_sub(1, Ordering::AcqRel);
         let mut s = lock(&self.stats);
         match event {
-            Event::Failed(_) => s.failed += 1,
-            _ => s.finished += 1,
+            Event::Finished(f) => {
+                s.finished += 1;
+                s.prompt_tokens += f.prompt_tokens as u64;
+                s.cached_tokens += f.cached_tokens as u64;
+            }
+            _ => s.failed += 1,
         }
     }
 
