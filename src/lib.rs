@@ -13,6 +13,7 @@ pub mod engine;
 pub mod error;
 pub mod model;
 pub mod plan;
+pub mod server;
 pub mod text;
 
 pub use error::{Error, Result};

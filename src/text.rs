@@ -1,5 +1,6 @@
 //! Text to tokens and back. Detokenising is incremental and never yields half a character.
 
+use std::ops::Deref;
 use std::path::Path;
 
 use crate::config::ModelConfig;
@@ -10,6 +11,17 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// Put before every prompt that does not begin with it.
     bos: Option<u32>,
+    /// How single tokens are written in the vocabulary.
+    spelling: Spelling,
+}
+
+/// How a vocabulary spells the bytes of a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spelling {
+    /// GPT-2's alphabet: a printable character a byte.
+    ByteLevel,
+    /// SentencePiece's: `▁` is a space, `<0x0A>` a byte.
+    Pieces,
 }
 
 impl Tokenizer {
@@ -34,7 +46,9 @@ impl Tokenizer {
             Err(_) => serde_json::Value::Null,
         };
         let bos = if config["add_bos_token"] == false { None } else { model.bos };
-        Ok(Tokenizer { inner, bos })
+        let decoder = serde_json::to_value(inner.get_decoder()).unwrap_or_default().to_string();
+        let spelling = if decoder.contains("ByteLevel") { Spelling::ByteLevel } else { Spelling::Pieces };
+        Ok(Tokenizer { inner, bos, spelling })
     }
 
     /// The prompt's token ids; special tokens written in the text are recognised.
@@ -60,6 +74,21 @@ impl Tokenizer {
         self.inner.decode(ids, true).map_err(|e| Error::Internal(format!("tokens {ids:?} do not decode: {e}")))
     }
 
+    /// The bytes that a token alone stands for; special tokens as they are written, an unknown id as nothing.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let Some(token) = self.inner.id_to_token(id) else { return vec![] };
+        if self.inner.get_added_tokens_decoder().contains_key(&id) {
+            return token.into_bytes();
+        }
+        match self.spelling {
+            Spelling::ByteLevel => token.chars().flat_map(byte_level).collect(),
+            Spelling::Pieces => {
+                let byte = token.strip_prefix("<0x").and_then(|t| u8::from_str_radix(t.strip_suffix('>')?, 16).ok());
+                byte.map_or_else(|| token.replace('▁', " ").into_bytes(), |b| vec![b])
+            }
+        }
+    }
+
     /// A token as it is written in the vocabulary.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
@@ -71,8 +100,21 @@ impl Tokenizer {
     }
 
     /// A detokenizer of one generation.
-    pub fn detokenizer(&self) -> Detokenizer<'_> {
-        Detokenizer { tokenizer: self, ids: vec![], before: 0, done: 0 }
+    pub fn detokenizer(&self) -> Detokenizer<&Tokenizer> {
+        Detokenizer::new(self)
+    }
+}
+
+/// The byte that a character of GPT-2's alphabet stands for. Printable Latin-1 stands for itself; the other bytes, in
+/// order, are the characters from U+0100 on.
+fn byte_level(c: char) -> Vec<u8> {
+    let itself = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    match u32::from(c) {
+        code @ 0..=0xFF => vec![code as u8],
+        code => match (0..=255u8).filter(|b| !itself(*b)).nth((code - 0x100) as usize) {
+            Some(byte) => vec![byte],
+            None => c.to_string().into_bytes(),
+        },
     }
 }
 
@@ -80,8 +122,8 @@ impl Tokenizer {
 ///
 /// A token's text depends on its neighbours (spaces, characters of several tokens), so a short window is decoded twice,
 /// without and with the new token, and the difference is the new text, held back while it ends in half a character.
-pub struct Detokenizer<'a> {
-    tokenizer: &'a Tokenizer,
+pub struct Detokenizer<T: Deref<Target = Tokenizer>> {
+    tokenizer: T,
     ids: Vec<u32>,
     /// First token of the window.
     before: usize,
@@ -89,7 +131,12 @@ pub struct Detokenizer<'a> {
     done: usize,
 }
 
-impl Detokenizer<'_> {
+impl<T: Deref<Target = Tokenizer>> Detokenizer<T> {
+    /// A detokenizer that borrows or shares its tokenizer.
+    pub fn new(tokenizer: T) -> Detokenizer<T> {
+        Detokenizer { tokenizer, ids: vec![], before: 0, done: 0 }
+    }
+
     /// The text that `id` completes; empty while a character is unfinished.
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);

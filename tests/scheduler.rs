@@ -369,7 +369,7 @@ fn every_stream_gets_its_own_tokens_and_one_end() {
         let (max, cancel) = (1 + random.below(40), random.below(5) == 0);
         let (events, stream) = async_channel::bounded(max + 3);
         let request = Request { prompt: prompt.clone(), max_tokens: max, ..Request::default() };
-        let job = Job { id, request, events, submitted: Instant::now() };
+        let job = Job { id, request, events, submitted: Instant::now(), cached: Arc::default() };
         shared.outstanding.fetch_add(1, std::sync::atomic::Ordering::AcqRel);
         commands.send(Command::Submit(Box::new(job))).unwrap();
         if cancel {

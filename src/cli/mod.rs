@@ -3,6 +3,7 @@
 mod generate;
 mod plan;
 mod score;
+mod serve;
 mod world;
 
 use std::process::ExitCode;
@@ -29,6 +30,7 @@ Examples:
   gqla generate --model checkpoints/tiny-glm-gqla --prompt \"def fibonacci(n):\"
   gqla generate --model checkpoints/tiny-glm-gqla --prompt \"import os\" --tp 8 --path gqla
   gqla score --model checkpoints/tiny-glm-gqla --perplexity held-out.u16 --window 512
+  gqla serve --model checkpoints/tiny-glm-gqla --port 8000
   gqla plan --model glm-4.7-flash-gqla --hardware h200 --tp 4
   gqla plan --model path/to/checkpoint --hardware h20 --tp 8 --batch 64 --context 32768 --json
 ";
@@ -54,6 +56,8 @@ enum Command {
     Generate(generate::Args),
     /// Logits of token lists, or perplexity
     Score(score::Args),
+    /// Serve a model over HTTP in OpenAI's wire format
+    Serve(Box<serve::Args>),
     /// What a decode step costs on each path, and which path to take; needs no checkpoint and no GPU.
     Plan(plan::Args),
 }
@@ -65,6 +69,7 @@ pub fn main() -> ExitCode {
     let done = match cli.command {
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
+        Command::Serve(args) => serve::run(*args),
         Command::Plan(args) => plan::run(args),
     };
     match done {

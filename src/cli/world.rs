@@ -67,7 +67,8 @@ pub struct ModelArgs {
     pub watchdog: f64,
 }
 
-fn seconds(text: &str) -> std::result::Result<f64, String> {
+/// A number of seconds on the command line.
+pub fn seconds(text: &str) -> std::result::Result<f64, String> {
     let value: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of seconds"))?;
     if (0.1..=86_400.0).contains(&value) { Ok(value) } else { Err("must be between 0.1 and 86400".into()) }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use async_channel::{Sender, TrySendError};
@@ -50,6 +51,8 @@ pub struct Job {
     pub events: Sender<Event>,
     /// When it was submitted.
     pub submitted: Instant,
+    /// Tokens of its prompt found in the cache, told to the stream once it runs.
+    pub cached: Arc<AtomicUsize>,
 }
 
 /// A request being served.
@@ -233,6 +236,7 @@ impl Coordinator {
         for id in &plan.began {
             if let Some(active) = self.active.get_mut(id) {
                 active.began = Some(began);
+                active.job.cached.store(self.scheduler.cached(*id), Ordering::Relaxed);
             }
         }
         let rows = step.tokens.len();

@@ -15,7 +15,7 @@ pub mod stats;
 pub mod worker;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -143,13 +143,14 @@ impl Engine {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         // Room for every event, so that only a reader who never reads can fill it.
         let (events, receiver) = async_channel::bounded(request.max_tokens + 3);
-        let job = Job { id, request, events, submitted: Instant::now() };
+        let (prompt_tokens, cached) = (request.prompt.len(), Arc::default());
+        let job = Job { id, request, events, submitted: Instant::now(), cached: Arc::clone(&cached) };
         if self.commands.send(Command::Submit(Box::new(job))).is_err() {
             let why = self.shared.stopped().unwrap_or(Error::Stopped("its thread has ended".into()));
             self.shared.outstanding.fetch_sub(1, Ordering::AcqRel);
             return Err(Refused::Stopped(why));
         }
-        Ok(TokenStream { id, events: receiver, commands: self.commands.clone(), done: false })
+        Ok(TokenStream { id, events: receiver, commands: self.commands.clone(), prompt_tokens, cached, done: false })
     }
 
     /// What was loaded, and where.
@@ -244,6 +245,8 @@ pub struct TokenStream {
     id: u64,
     events: Receiver<Event>,
     commands: Sender<Command>,
+    prompt_tokens: usize,
+    cached: Arc<AtomicUsize>,
     done: bool,
 }
 
@@ -278,6 +281,11 @@ impl TokenStream {
             }
             std::thread::sleep(Duration::from_micros(200));
         }
+    }
+
+    /// Tokens of the prompt, and those of them found in the cache (0 before the first event).
+    pub fn prompt_tokens(&self) -> (usize, usize) {
+        (self.prompt_tokens, self.cached.load(Ordering::Relaxed))
     }
 
     fn note(&mut self, event: Option<Event>) -> Option<Event> {
