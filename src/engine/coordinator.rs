@@ -249,27 +249,20 @@ impl Coordinator {
         let reduce = self.runner.reduce_time();
         self.shared.beat_ends();
         self.shared.blocks(self.scheduler.blocks(), self.scheduler.counts());
-        let mut emitted = 0;
+        // Counted before anyone hears of the tokens, so that who has heard finds them counted.
+        self.shared.stepped(rows, reduce, self.scheduler.preemptions);
         let vocab = outputs.logits.len() / plan.outputs.len().max(1);
         for (row, (id, position)) in plan.outputs.iter().enumerate() {
             let logits = row * vocab..(row + 1) * vocab;
-            emitted += self.output(*id, *position, row, logits, &mut outputs);
+            self.output(*id, *position, row, logits, &mut outputs);
         }
-        self.shared.stepped(rows, emitted, began.elapsed(), reduce, self.scheduler.preemptions);
+        self.shared.took(began.elapsed());
         Ok(())
     }
 
     /// One output row: a prompt position to score, or the end of the sequence, where the next token is drawn.
-    /// Returns the tokens drawn (0 or 1).
-    fn output(
-        &mut self,
-        id: u64,
-        position: usize,
-        row: usize,
-        logits: std::ops::Range<usize>,
-        outputs: &mut Outputs,
-    ) -> usize {
-        let Some(active) = self.active.get_mut(&id) else { return 0 };
+    fn output(&mut self, id: u64, position: usize, row: usize, logits: std::ops::Range<usize>, outputs: &mut Outputs) {
+        let Some(active) = self.active.get_mut(&id) else { return };
         let tokens = self.scheduler.tokens(id);
         let prompt = active.job.request.prompt.len();
         if let Some(top) = active.job.request.prompt_logprobs {
@@ -282,16 +275,16 @@ impl Coordinator {
                 let all = std::mem::take(&mut active.prompt_logprobs);
                 if send(&active.job.events, Event::Prompt(all)).is_err() {
                     self.cancel(id);
-                    return 0;
+                    return;
                 }
                 if active.job.request.max_tokens == 0 {
                     self.end(id, Reason::Length);
-                    return 0;
+                    return;
                 }
             }
         }
         if position + 1 < tokens.len() {
-            return 0;
+            return;
         }
         let request = &active.job.request;
         let ends = |t: u32| (!request.ignore_eos && self.eos.contains(&t)) || request.stop_tokens.contains(&t);
@@ -311,6 +304,7 @@ impl Coordinator {
             token
         };
         active.tokens += 1;
+        self.shared.generated();
         let now = Instant::now();
         if active.first_token.is_none() {
             active.first_token = Some(now);
@@ -318,7 +312,7 @@ impl Coordinator {
         }
         if ends(token) {
             self.end(id, Reason::Stop);
-            return 1;
+            return;
         }
         let (count, limit) = (active.tokens, request.max_tokens);
         match send(&active.job.events, Event::Token(Token { id: token, logprob: scored })) {
@@ -326,7 +320,6 @@ impl Coordinator {
             Ok(()) if count >= limit => self.end(id, Reason::Length),
             Ok(()) => self.scheduler.push(id, token),
         }
-        1
     }
 
     fn end(&mut self, id: u64, reason: Reason) {

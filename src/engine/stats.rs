@@ -124,16 +124,23 @@ impl Shared {
         (s.free_blocks, s.total_blocks, s.running, s.waiting) = (free, total, running, waiting);
     }
 
-    pub(super) fn stepped(&self, rows: usize, tokens: usize, time: Duration, reduce: Duration, preemptions: u64) {
+    pub(super) fn stepped(&self, rows: usize, reduce: Duration, preemptions: u64) {
         let mut s = lock(&self.stats);
         s.steps += 1;
         s.computed_tokens += rows as u64;
-        s.generated_tokens += tokens as u64;
+        s.reduce_time += reduce;
+        s.preemptions = preemptions;
+    }
+
+    pub(super) fn generated(&self) {
+        lock(&self.stats).generated_tokens += 1;
+    }
+
+    pub(super) fn took(&self, time: Duration) {
+        let mut s = lock(&self.stats);
         s.step_time += time;
         s.last_step = time;
         s.slowest_step = s.slowest_step.max(time);
-        s.reduce_time += reduce;
-        s.preemptions = preemptions;
     }
 
     pub(super) fn first_token(&self, after: Duration) {
