@@ -66,10 +66,11 @@ impl Product<'_> {
         let strip = strip(workers, isa, rows, self.weights, self.outputs.count);
         let strips = self.outputs.count.div_ceil(strip);
         let row_blocks = rows.div_ceil(ROW_BLOCK);
+        // Blocks of even height: a last one of a few rows would convert its weights for little.
+        let height = rows.div_ceil(row_blocks.max(1)).next_multiple_of(6);
         workers.run(strips * row_blocks, rows * self.outputs.count * self.weights.cols, |task| {
-            let r0 = task / strips * ROW_BLOCK;
-            let n0 = task % strips * strip;
-            let rows = r0..(r0 + ROW_BLOCK).min(rows);
+            let (r0, n0) = (task / strips * height, task % strips * strip);
+            let rows = r0.min(rows)..(r0 + height).min(rows);
             let count = strip.min(self.outputs.count - n0);
             let x = Input { data: self.x.data, offsets: &self.x.offsets[rows.clone()] };
             let outputs = Outputs { first: self.outputs.first + n0, count };
