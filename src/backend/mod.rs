@@ -4,6 +4,7 @@
 //! live. Weights are `[out, in]` as on disk. The CPU backend ([`cpu`]) is the oracle of the others.
 
 pub mod cpu;
+pub mod cuda;
 
 use std::time::Duration;
 
@@ -139,6 +140,10 @@ pub trait Backend: Send + Sized {
 
     /// Zeroed activations for `rows` tokens.
     fn tensor(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;
+    /// The same for the residual stream, which a backend of 16-bit activations keeps in 32 bits.
+    fn residual(&self, rows: usize, cols: usize) -> Result<Self::Tensor> {
+        self.tensor(rows, cols)
+    }
     /// The rows of `parts`, one under the other, `[Σ out, in]`.
     fn matrix(&self, parts: &[Slice], reduction: Reduction) -> Result<Self::Matrix>;
     /// A vector from host memory.
@@ -154,8 +159,19 @@ pub trait Backend: Send + Sized {
     /// cos and sin of `positions` positions for the pairs' frequencies `inv_freq` `[dim/2]`, multiplied by `magnitude`.
     fn rope_table(&self, rope: &Rope, inv_freq: &[f64], magnitude: f64, positions: usize) -> Result<Self::RopeTable>;
 
+    /// Loading is over: what only loading needs can go.
+    fn loaded(&mut self) {}
+
     // A step.
 
+    /// Computes a step: `body` enqueues its operations. `program` numbers what `body` does: two steps with the same
+    /// program and equally many sequences, rows each and outputs enqueue the same operations on the same tensors, so
+    /// that a device may record them once and replay them.
+    fn step<F: FnMut(&mut Self) -> Result<()>>(&mut self, program: u32, batch: &Batch, mut body: F) -> Result<()> {
+        let _ = program;
+        self.begin(batch)?;
+        body(self)
+    }
     /// Takes the step's tokens, positions and block tables; everything until the next `begin` is about them.
     fn begin(&mut self, batch: &Batch) -> Result<()>;
     /// `out[r] = table[token - first]` where this rank has the row, else 0: a partial sum over the ranks. `[rows, hidden]`
@@ -270,10 +286,14 @@ pub trait Backend: Send + Sized {
     ) -> Result<()>;
     /// The rows of `x` that the batch wants logits of. `[outputs, hidden]`
     fn select_outputs(&self, x: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
-    /// This rank's logits of the selected rows, f32 on the host: `[outputs, vocab_local]`.
-    fn head(&mut self, head: &Self::Matrix, x: &Self::Tensor, logits: &mut Vec<f32>) -> Result<()>;
-    /// For each selected row, the largest of this rank's logits and its local index, ties to the lower.
-    fn head_argmax(&mut self, head: &Self::Matrix, x: &Self::Tensor, best: &mut Vec<(f32, u32)>) -> Result<()>;
+    /// Computes this rank's logits of the selected rows, `[outputs, vocab_local]`, or where `argmax` is set only what
+    /// [`read_best`](Backend::read_best) gives.
+    fn head(&mut self, head: &Self::Matrix, x: &Self::Tensor, argmax: bool) -> Result<()>;
+    /// The logits that [`head`](Backend::head) computed, f32 on the host: `[outputs, vocab_local]`.
+    fn read_logits(&mut self, logits: &mut Vec<f32>) -> Result<()>;
+    /// For each selected row, the largest of this rank's logits and its local index, ties to the lower, after a
+    /// [`head`](Backend::head) with `argmax`.
+    fn read_best(&mut self, best: &mut Vec<(f32, u32)>) -> Result<()>;
 
     /// Copies the first `rows` rows to the host as f32 (tests, hidden states).
     fn read(&self, x: &Self::Tensor, rows: usize) -> Result<Vec<f32>>;

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use header::shown;
 use slice::{Noise, Source};
 
-pub use slice::Slice;
+pub use slice::{MadeUp, Slice};
 
 /// Element types that weights come in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -17,6 +17,23 @@ pub struct Slice<'a> {
     pub(super) cols: Range<usize>,
 }
 
+/// How the elements of a made-up slice come about.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum MadeUp {
+    /// A hash of the tensor's name (`seed`), row and column; the slice begins at `row`, `col`. See
+    /// `kernels/dummy_weights.cu` for the function.
+    Noise {
+        /// Hash of the tensor's name.
+        seed: u64,
+        /// The slice's first row.
+        row: usize,
+        /// The slice's first column.
+        col: usize,
+    },
+    /// The same value everywhere.
+    Constant(f32),
+}
+
 /// Where the elements of a whole tensor come from.
 #[derive(Clone, Copy)]
 pub(super) enum Source<'a> {
@@ -84,6 +101,17 @@ impl Slice<'_> {
             Source::Mapped { dtype: Dtype::F32, .. } => each(bytes, out, f32::from_le_bytes),
             Source::Noise(noise) => noise.fill(row, self.cols.start, out, widen),
             Source::Constant(value) => out.fill(value),
+        }
+    }
+
+    /// What the elements are where they are made up: a device can make the same ones itself.
+    pub fn made_up(&self) -> Option<MadeUp> {
+        match self.source {
+            Source::Mapped { .. } => None,
+            Source::Noise(noise) => {
+                Some(MadeUp::Noise { seed: noise.seed, row: self.rows.start, col: self.cols.start })
+            }
+            Source::Constant(value) => Some(MadeUp::Constant(value)),
         }
     }
 

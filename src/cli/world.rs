@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::backend::cuda::AllReduce;
 use crate::comm::Communicator;
-use crate::engine::setup::Config;
+use crate::engine::setup::{Config, Device};
 use crate::engine::{self};
 use crate::error::{Error, Result};
 use crate::model::shard::Path;
@@ -33,6 +34,17 @@ pub enum DeviceChoice {
     Cpu,
     /// A GPU, or an error
     Cuda,
+}
+
+/// How GPUs sum over the ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum AllReduceChoice {
+    /// One-shot where it is faster, else NCCL
+    Auto,
+    /// NCCL
+    Nccl,
+    /// Every rank pushes to all others, where a step's rows fit
+    OneShot,
 }
 
 /// Flags of every command that runs a model.
@@ -62,6 +74,15 @@ pub struct ModelArgs {
     /// Tokens a step computes at most; longer prompts go in chunks
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub step_tokens: u32,
+    /// The part of a GPU's memory that weights, cache and workspaces may take
+    #[arg(long, value_name = "PART", default_value_t = 0.9, value_parser = part)]
+    pub gpu_memory_utilization: f64,
+    /// How GPUs sum over the ranks
+    #[arg(long, value_enum, default_value = "auto")]
+    pub all_reduce: AllReduceChoice,
+    /// Let several ranks share a GPU and sum through host memory: slow, for tests and demonstrations
+    #[arg(long)]
+    pub share_gpus: bool,
     /// Seconds after which a rank that does not answer ends the job
     #[arg(long, value_name = "SECONDS", default_value_t = 30.0, value_parser = seconds)]
     pub watchdog: f64,
@@ -73,6 +94,11 @@ pub fn seconds(text: &str) -> std::result::Result<f64, String> {
     if (0.1..=86_400.0).contains(&value) { Ok(value) } else { Err("must be between 0.1 and 86400".into()) }
 }
 
+fn part(text: &str) -> std::result::Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| format!("{text:?} is not a number"))?;
+    if value > 0.0 && value <= 1.0 { Ok(value) } else { Err("must be above 0 and at most 1".into()) }
+}
+
 impl ModelArgs {
     /// The engine's configuration, with a bar on stderr while weights are read.
     pub fn config(&self) -> Config {
@@ -81,6 +107,18 @@ impl ModelArgs {
             PathChoice::Auto => None,
             PathChoice::Gqa => Some(Path::Gqa),
             PathChoice::Absorb => Some(Path::Absorb),
+        };
+        config.device = match self.device {
+            DeviceChoice::Auto => Device::Auto,
+            DeviceChoice::Cpu => Device::Cpu,
+            DeviceChoice::Cuda => Device::Cuda,
+        };
+        config.gpu_memory_utilization = self.gpu_memory_utilization;
+        config.share_gpus = self.share_gpus;
+        config.all_reduce = match self.all_reduce {
+            AllReduceChoice::Auto => AllReduce::Auto,
+            AllReduceChoice::Nccl => AllReduce::Nccl,
+            AllReduceChoice::OneShot => AllReduce::OneShot,
         };
         config.threads = self.threads.map(|t| t as usize);
         config.max_context = self.max_context.map(|c| c as usize);

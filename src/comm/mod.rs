@@ -7,7 +7,9 @@
 pub mod launch;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+pub mod nccl;
 pub mod one;
+pub mod one_shot;
 mod pace;
 pub mod threads;
 #[cfg(feature = "mpi")]

@@ -125,7 +125,7 @@ impl<B: Backend> Run for Runner<B> {
         let batch = self.tables.batch(step)?;
         self.outputs.best.clear();
         self.outputs.logits.clear();
-        self.model.forward(&mut self.backend, &batch)?;
+        self.model.forward(&mut self.backend, &batch, step.want == Want::Argmax)?;
         if !batch.outputs.is_empty() {
             match step.want {
                 Want::Argmax => self.gather_best()?,

@@ -124,14 +124,17 @@ impl<B: Backend> Model<B> {
         })
     }
 
-    /// Runs one step: embed, layers, last norm. Afterwards the batch's wanted rows are selected for the head.
-    pub fn forward(&mut self, b: &mut B, batch: &Batch) -> Result<()> {
-        b.begin(batch)?;
-        self.embed(b)?;
-        for i in 0..self.layers.len() {
-            self.layer(b, i)?;
-        }
-        b.select_outputs(&self.act.h, &mut self.act.selected)
+    /// Runs one step: embed, layers, last norm, and the head over the batch's wanted rows, for [`logits`](Model::logits)
+    /// or, where `argmax` is set, for [`argmax`](Model::argmax).
+    pub fn forward(&mut self, b: &mut B, batch: &Batch, argmax: bool) -> Result<()> {
+        b.step(u32::from(argmax), batch, |b| {
+            self.embed(b)?;
+            for i in 0..self.layers.len() {
+                self.layer(b, i)?;
+            }
+            b.select_outputs(&self.act.h, &mut self.act.selected)?;
+            b.head(self.head.as_ref().unwrap_or(&self.embedding), &self.act.selected, argmax)
+        })
     }
 
     /// The residual stream's beginning: embeddings, summed over the ranks' vocabulary rows, and the first norm.
@@ -216,12 +219,12 @@ impl<B: Backend> Model<B> {
 
     /// This rank's logits of the selected rows, `[outputs, vocab_local]`.
     pub fn logits(&mut self, b: &mut B, logits: &mut Vec<f32>) -> Result<()> {
-        b.head(self.head.as_ref().unwrap_or(&self.embedding), &self.act.selected, logits)
+        b.read_logits(logits)
     }
 
     /// The largest of this rank's logits of each selected row, and its local index.
     pub fn argmax(&mut self, b: &mut B, best: &mut Vec<(f32, u32)>) -> Result<()> {
-        b.head_argmax(self.head.as_ref().unwrap_or(&self.embedding), &self.act.selected, best)
+        b.read_best(best)
     }
 
     /// The residual stream before the next layer, `[rows, hidden]`.
@@ -301,7 +304,7 @@ impl<B: Backend> Activations<B> {
         let width = width.max().unwrap_or(0);
         let when = |wanted: bool, cols: usize| b.tensor(if wanted { rows } else { 0 }, cols);
         Ok(Activations {
-            x: b.tensor(rows, config.hidden)?,
+            x: b.residual(rows, config.hidden)?,
             h: b.tensor(rows, config.hidden)?,
             partial: b.tensor(rows, config.hidden)?,
             down: b.tensor(rows, down)?,

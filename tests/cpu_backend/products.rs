@@ -158,8 +158,9 @@ fn the_head_selects_multiplies_and_ranks() {
     let mut selected = b.tensor(4, hidden).unwrap();
     b.select_outputs(&tensor(&b, &x, hidden), &mut selected).unwrap();
     let (mut logits, mut best) = (vec![9.0; 5], vec![(0.0, 7); 9]);
-    b.head(&head, &selected, &mut logits).unwrap();
-    b.head_argmax(&head, &selected, &mut best).unwrap();
+    b.head(&head, &selected, true).unwrap();
+    b.read_logits(&mut logits).unwrap();
+    b.read_best(&mut best).unwrap();
     let want: Vec<f64> = [1, 4, 8]
         .iter()
         .flat_map(|&r| (0..vocab).map(move |v| (r, v)))

@@ -88,7 +88,9 @@ pub struct CpuBackend {
     batch: Batch,
     /// Activations of the experts between calls.
     hold: Vec<f32>,
+    /// Of the last head, `[outputs, vocab]`.
     logits: Vec<f32>,
+    vocab: usize,
     reducing: Duration,
 }
 
@@ -107,6 +109,7 @@ impl CpuBackend {
             batch: Batch::default(),
             hold: Vec::new(),
             logits: Vec::new(),
+            vocab: 0,
             reducing: Duration::ZERO,
         })
     }
@@ -470,21 +473,26 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn head(&mut self, head: &Matrix, x: &Tensor, logits: &mut Vec<f32>) -> Result<()> {
+    fn head(&mut self, head: &Matrix, x: &Tensor, _argmax: bool) -> Result<()> {
         let rows = self.batch.outputs.len();
         assert!(head.cols() == x.cols() && rows <= x.rows());
+        let mut logits = std::mem::take(&mut self.logits);
         logits.resize(rows * head.rows(), 0.0);
-        self.product(head, None, (x.data(), x.cols(), 0), rows, logits, head.rows());
+        self.product(head, None, (x.data(), x.cols(), 0), rows, &mut logits, head.rows());
+        self.logits = logits;
+        self.vocab = head.rows();
         Ok(())
     }
 
-    fn head_argmax(&mut self, head: &Matrix, x: &Tensor, best: &mut Vec<(f32, u32)>) -> Result<()> {
-        let mut logits = std::mem::take(&mut self.logits);
-        let result = self.head(head, x, &mut logits);
+    fn read_logits(&mut self, logits: &mut Vec<f32>) -> Result<()> {
+        logits.clone_from(&self.logits);
+        Ok(())
+    }
+
+    fn read_best(&mut self, best: &mut Vec<(f32, u32)>) -> Result<()> {
         best.clear();
-        best.extend(logits.chunks(head.rows().max(1)).map(ops::argmax));
-        self.logits = logits;
-        result
+        best.extend(self.logits.chunks(self.vocab.max(1)).map(ops::argmax));
+        Ok(())
     }
 
     fn read(&self, x: &Tensor, rows: usize) -> Result<Vec<f32>> {

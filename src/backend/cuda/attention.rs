@@ -1,0 +1,372 @@
+//! Attention over the paged cache: which kernel takes which rows, the split of the work, and the workspace for partial
+//! results.
+
+use std::cell::{Cell, RefCell};
+use std::sync::Arc;
+
+use super::context::{Gpu, Memory};
+use super::kernels::{Function, Kernels, Launch, Source, arguments, source};
+use super::step::{Inputs, Run};
+use crate::backend::AttentionShape;
+use crate::error::{Error, Result};
+
+/// The kernels' parameter blocks, field by field as in `kernels/`.
+#[repr(C)]
+struct GqaDecode {
+    q: u64,
+    cache: u64,
+    out: u64,
+    part_o: u64,
+    part_lse: u64,
+    block_table: u64,
+    lens: u64,
+    team: u64,
+    groups: i32,
+    max_blocks: i32,
+    teams: i32,
+    scale: f32,
+}
+#[repr(C)]
+struct AbsorbParams {
+    q: u64,
+    cache: u64,
+    block_table: u64,
+    lens: u64,
+    team: u64,
+    seq: u64,
+    out: u64,
+    part_o: u64,
+    part_lse: u64,
+    max_blocks: i32,
+    scale: f32,
+}
+#[repr(C)]
+struct Plan {
+    lens: u64,
+    team: u64,
+    seq: u64,
+    batch: i32,
+    teams: i32,
+    /// split_plan's min_blocks, absorb_plan's part_cost.
+    least: i32,
+}
+#[repr(C)]
+struct Combine {
+    part_o: u64,
+    part_lse: u64,
+    seq: u64,
+    out: u64,
+    rows: i32,
+    heads: i32,
+    warps: i32,
+}
+#[repr(C)]
+struct Prefill {
+    q: u64,
+    cache: u64,
+    out: u64,
+    block_table: u64,
+    lens: u64,
+    first: u64,
+    rows: u64,
+    groups: i32,
+    max_blocks: i32,
+    scale: f32,
+}
+
+/// Which of the two caches is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// Keys and values of groups.
+    Grouped,
+    /// Latents.
+    Latent,
+}
+
+/// A decode kernel, chosen for a shape and s_q.
+struct Decode {
+    function: Function,
+    threads: usize,
+    shared: usize,
+    /// CTAs that share a stretch of cache.
+    row_groups: usize,
+    /// CTAs at once on the GPU.
+    resident: usize,
+}
+
+/// Workspaces of attention. They grow on first use of a size, never inside a graph.
+pub(crate) struct Attention {
+    gpu: Arc<Gpu>,
+    /// Partial outputs and their log-sum-exps.
+    parts: RefCell<Option<(Memory, Memory)>>,
+    /// Teams and sequences of each run's plan: one region a run.
+    plans: RefCell<Vec<(Memory, Memory)>>,
+    /// Runs planned in this step.
+    planned: Cell<usize>,
+    /// Counts growths: graphs made before are void.
+    pub generation: Cell<u64>,
+}
+
+impl Attention {
+    pub fn new(gpu: &Arc<Gpu>) -> Attention {
+        Attention {
+            gpu: gpu.clone(),
+            parts: RefCell::new(None),
+            plans: RefCell::default(),
+            planned: Cell::new(0),
+            generation: Cell::new(0),
+        }
+    }
+
+    /// A new step: nothing is planned.
+    pub fn begin(&self) {
+        self.planned.set(0);
+    }
+
+    /// Enqueues attention of all rows of the step. `q`, `cache` and `out` are addresses.
+    pub fn attend(
+        &self,
+        kernels: &Kernels,
+        inputs: &Inputs,
+        shape: &AttentionShape,
+        form: Form,
+        q: u64,
+        cache: u64,
+        out: u64,
+    ) -> Result<()> {
+        let (q_width, out_width) = widths(shape, form);
+        for (i, run) in inputs.runs.iter().enumerate() {
+            let skip = |width: usize| (run.first * shape.heads * width * 2) as u64;
+            self.decode(kernels, inputs, shape, form, (i, run), q + skip(q_width), cache, out + skip(out_width))?;
+        }
+        for chunk in &inputs.chunks {
+            let (f, [threads, shared, tiles]) = prefill(kernels, &self.gpu, shape, form)?;
+            let (groups, per_group) = match form {
+                Form::Grouped => (shape.groups, shape.heads / shape.groups),
+                Form::Latent => (1, shape.heads),
+            };
+            let arguments = Prefill {
+                q,
+                cache,
+                out,
+                block_table: inputs.tables(chunk.span),
+                lens: inputs.lens(chunk.span),
+                first: inputs.first(chunk.span),
+                rows: inputs.span_rows(chunk.span),
+                groups: groups as i32,
+                max_blocks: inputs.max_blocks as i32,
+                scale: shape.scale,
+            };
+            let grid = ((chunk.rows * per_group).div_ceil(16 * tiles), groups, chunk.count);
+            kernels.launch(f, Launch { grid, block: threads, shared, ..Launch::default() }, arguments![arguments])?;
+        }
+        Ok(())
+    }
+
+    fn decode(
+        &self,
+        kernels: &Kernels,
+        inputs: &Inputs,
+        shape: &AttentionShape,
+        form: Form,
+        (index, run): (usize, &Run),
+        q: u64,
+        cache: u64,
+        out: u64,
+    ) -> Result<()> {
+        let kernel = decode_kernel(kernels, &self.gpu, shape, form, run.rows)?;
+        let teams = (kernel.resident / kernel.row_groups).max(1);
+        let (team, seq) = self.plan(kernels, inputs, form, index, run, teams)?;
+        let (_, width) = widths(shape, form);
+        let parts = (run.count + teams) * run.rows * shape.heads;
+        let (part_o, part_lse) = self.parts(parts * width * 4, parts * 4)?;
+        let (block_table, lens) = (inputs.tables(run.span), inputs.lens(run.span));
+        let max_blocks = inputs.max_blocks as i32;
+        let launch = Launch::new(teams * kernel.row_groups, kernel.threads).shared(kernel.shared);
+        match form {
+            Form::Grouped => {
+                let (groups, teams) = (shape.groups as i32, teams as i32);
+                let scale = shape.scale;
+                #[rustfmt::skip]
+                let a = GqaDecode { q, cache, out, part_o, part_lse, block_table, lens, team, groups, max_blocks, teams, scale };
+                kernels.launch(kernel.function, launch, arguments![a])?;
+            }
+            Form::Latent => {
+                let scale = shape.scale;
+                #[rustfmt::skip]
+                let a = AbsorbParams { q, cache, block_table, lens, team, seq, out, part_o, part_lse, max_blocks, scale };
+                kernels.launch(kernel.function, launch, arguments![a])?;
+            }
+        }
+        let constants = [("DV", width as i64), ("SQ", run.rows as i64)];
+        let f = kernels.get(&source::COMBINE, "combine", &constants)?;
+        let [most, ..] = f.exports();
+        // The parts that a sequence has on average, were all of them equally long.
+        let each = ((teams + run.count) / run.count).min(teams);
+        let warps = match each {
+            24.. => 8,
+            12.. => 4,
+            6.. => 2,
+            _ => 1,
+        };
+        let rows = run.count * run.rows;
+        let (heads, grid) = (shape.heads as i32, (rows * shape.heads).div_ceil(most / warps));
+        let a = Combine { part_o, part_lse, seq, out, rows: rows as i32, heads, warps: warps as i32 };
+        kernels.launch(f, Launch::new(grid, 32 * most), arguments![a])
+    }
+
+    /// The split of run `index`, made by the first layer of a step and used by all.
+    fn plan(
+        &self,
+        kernels: &Kernels,
+        inputs: &Inputs,
+        form: Form,
+        index: usize,
+        run: &Run,
+        teams: usize,
+    ) -> Result<(u64, u64)> {
+        let mut plans = self.plans.borrow_mut();
+        let (team_bytes, seq_bytes) = (teams * 16, run.count * 8);
+        while plans.len() <= index {
+            plans.push((self.grow(team_bytes)?, self.grow(seq_bytes)?));
+        }
+        let (team, seq) = &mut plans[index];
+        if team.bytes() < team_bytes {
+            *team = self.grow(team_bytes)?;
+        }
+        if seq.bytes() < seq_bytes {
+            *seq = self.grow(seq_bytes.next_power_of_two())?;
+        }
+        let (team, seq) = (team.at(), seq.at());
+        if self.planned.get() <= index {
+            self.planned.set(index + 1);
+            let (source, entry, block, least) = match form {
+                Form::Grouped => (&source::SPLIT_PLAN, "split_plan", 1, 0),
+                Form::Latent => (&source::ABSORB_PLAN, "absorb_plan", 32, 4),
+            };
+            let f = kernels.get(source, entry, &[])?;
+            let threads = f.exports()[0] * block;
+            let (batch, teams) = (run.count as i32, teams as i32);
+            let a = Plan { lens: inputs.lens(run.span), team, seq, batch, teams, least };
+            kernels.launch(f, Launch::new(1, threads), arguments![a])?;
+        }
+        Ok((team, seq))
+    }
+
+    fn parts(&self, out: usize, lse: usize) -> Result<(u64, u64)> {
+        let mut parts = self.parts.borrow_mut();
+        let enough = parts.as_ref().is_some_and(|(o, l)| o.bytes() >= out && l.bytes() >= lse);
+        if !enough {
+            *parts = None;
+            *parts = Some((self.grow(out)?, self.grow(lse)?));
+        }
+        match &*parts {
+            Some((o, l)) => Ok((o.at(), l.at())),
+            None => Err(Error::Internal("attention without a workspace".into())),
+        }
+    }
+
+    fn grow(&self, bytes: usize) -> Result<Memory> {
+        self.generation.set(self.generation.get() + 1);
+        Memory::new(&self.gpu, bytes)
+    }
+}
+
+/// Widths of a head's query and output.
+fn widths(shape: &AttentionShape, form: Form) -> (usize, usize) {
+    match form {
+        Form::Grouped => (shape.nope + shape.rope, shape.value),
+        Form::Latent => (shape.latent + shape.rope, shape.latent),
+    }
+}
+
+/// The constants and the source of the decode kernel for a shape; `None` where no decode kernel takes it.
+pub fn decode_source(
+    shape: &AttentionShape,
+    latent: bool,
+    rows: usize,
+    hopper: bool,
+) -> (&'static Source, &'static str, Vec<(&'static str, i64)>) {
+    let int = |x: usize| x as i64;
+    if latent {
+        let mut constants = vec![("HEADS", int(shape.heads)), ("SQ", int(rows))];
+        if hopper && (shape.latent, shape.rope) == (512, 64) {
+            return (&source::ABSORB_DECODE, "absorb_decode", constants);
+        }
+        constants.extend([("DC", int(shape.latent)), ("DR", int(shape.rope))]);
+        return (&source::ABSORB_DECODE_PORTABLE, "absorb_decode_portable", constants);
+    }
+    let per_group = shape.heads / shape.groups.max(1);
+    let mut constants = vec![
+        ("DN", int(shape.nope)),
+        ("DR", int(shape.rope)),
+        ("DV", int(shape.value)),
+        ("GS", int(per_group)),
+        ("SQ", int(rows)),
+    ];
+    let swizzled = [shape.nope, shape.rope, shape.value].iter().all(|d| d % 64 == 0);
+    let tiles = (per_group * rows).div_ceil(16);
+    let most = if shape.value <= 128 { 8 } else { 4 };
+    if hopper && swizzled && tiles <= most && shape.nope + shape.rope + shape.value <= 800 && shape.value <= 256 {
+        constants.push(("NG", int(groups_per_cta(shape, tiles, most))));
+        return (&source::GQA_DECODE, "gqa_decode", constants);
+    }
+    constants.push(("STAGES", if shape.nope + shape.rope + shape.value > 384 { 1 } else { 2 }));
+    (&source::GQA_DECODE_PORTABLE, "gqa_decode_portable", constants)
+}
+
+/// Neighbouring groups of a CTA: two share one read of the rope key where both fit.
+fn groups_per_cta(shape: &AttentionShape, tiles: usize, most: usize) -> usize {
+    let fits = 2 * tiles <= most && shape.rope + 2 * (shape.nope + shape.value) <= 800;
+    if shape.rope > 0 && shape.groups >= 4 && shape.groups.is_multiple_of(2) && fits { 2 } else { 1 }
+}
+
+fn decode_kernel(kernels: &Kernels, gpu: &Gpu, shape: &AttentionShape, form: Form, rows: usize) -> Result<Decode> {
+    let hopper = gpu.sm() == 90;
+    let (source, entry, constants) = decode_source(shape, form == Form::Latent, rows, hopper);
+    let function = kernels.get(source, entry, &constants)?;
+    let [threads, shared, tiles] = function.exports();
+    let row_groups = match *source {
+        source::GQA_DECODE => {
+            let each = constants.iter().find(|c| c.0 == "NG").map_or(1, |c| c.1 as usize);
+            shape.groups / each
+        }
+        source::GQA_DECODE_PORTABLE => shape.groups * tiles,
+        _ => tiles,
+    };
+    let on_one = if source.hopper { 1 } else { kernels.occupancy(function, threads, shared)?.min(4) };
+    Ok(Decode { function, threads, shared, row_groups, resident: gpu.info.multiprocessors * on_one })
+}
+
+/// The constants of the prefill kernel.
+pub fn prefill_constants(shape: &AttentionShape, latent: bool, shared_memory: usize) -> Vec<(&'static str, i64)> {
+    let int = |x: usize| x as i64;
+    let (q, value, tile) = if latent {
+        (shape.latent + shape.rope, shape.latent, shape.latent + shape.rope)
+    } else {
+        (shape.nope + shape.rope, shape.value, shape.nope + shape.rope + shape.value)
+    };
+    let bytes = |mt: usize, stages: usize| 2 * (16 * mt * (q + 24) + stages * 64 * (tile + 48));
+    let fits = [(4, 2), (4, 1), (2, 1), (1, 1)].into_iter().find(|&(mt, s)| bytes(mt, s) <= shared_memory);
+    let (mt, stages) = fits.unwrap_or((1, 1));
+    let mut constants = vec![
+        ("LATENT", i64::from(latent)),
+        ("DR", int(shape.rope)),
+        ("MT", int(mt)),
+        ("VS", if value > 256 { 2 } else { 1 }),
+        ("STAGES", int(stages)),
+    ];
+    if latent {
+        constants.extend([("DC", int(shape.latent)), ("GS", int(shape.heads))]);
+    } else {
+        let per_group = shape.heads / shape.groups.max(1);
+        constants.extend([("DN", int(shape.nope)), ("DV", int(shape.value)), ("GS", int(per_group))]);
+    }
+    constants
+}
+
+fn prefill(kernels: &Kernels, gpu: &Gpu, shape: &AttentionShape, form: Form) -> Result<(Function, [usize; 3])> {
+    let constants = prefill_constants(shape, form == Form::Latent, gpu.info.shared_memory);
+    let f = kernels.get(&source::PREFILL, "prefill", &constants)?;
+    Ok((f, f.exports()))
+}

@@ -1,0 +1,199 @@
+//! Products with weights through cuBLASLt: a plan a shape, chosen once by its heuristic.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::{c_int, c_void};
+use std::sync::{Arc, OnceLock};
+
+use cudarc::cublaslt::sys::{self, cublasLtMatmulAlgo_t, cublasLtMatmulHeuristicResult_t as Heuristic};
+
+use super::context::{Gpu, Memory, null};
+use super::library::{self, functions};
+use crate::error::{Error, Result};
+
+functions! {
+    /// cuBLASLt's functions; status 0 is success.
+    struct CublasLt {
+        create: c"cublasLtCreate" fn(*mut *mut c_void) -> c_int,
+        destroy: c"cublasLtDestroy" fn(*mut c_void) -> c_int,
+        desc_create: c"cublasLtMatmulDescCreate" fn(*mut *mut c_void, u32, u32) -> c_int,
+        desc_set: c"cublasLtMatmulDescSetAttribute" fn(*mut c_void, u32, *const c_void, usize) -> c_int,
+        layout_create: c"cublasLtMatrixLayoutCreate" fn(*mut *mut c_void, u32, u64, u64, i64) -> c_int,
+        preference_create: c"cublasLtMatmulPreferenceCreate" fn(*mut *mut c_void) -> c_int,
+        preference_set: c"cublasLtMatmulPreferenceSetAttribute" fn(*mut c_void, u32, *const c_void, usize) -> c_int,
+        preference_destroy: c"cublasLtMatmulPreferenceDestroy" fn(*mut c_void) -> c_int,
+        heuristic: c"cublasLtMatmulAlgoGetHeuristic" fn(*mut c_void, *mut c_void, *mut c_void, *mut c_void, *mut c_void, *mut c_void, *mut c_void, c_int, *mut Heuristic, *mut c_int) -> c_int,
+        matmul: c"cublasLtMatmul" fn(*mut c_void, *mut c_void, *const f32, u64, *mut c_void, u64, *mut c_void, *const f32, u64, *mut c_void, u64, *mut c_void, *const cublasLtMatmulAlgo_t, u64, usize, *mut c_void) -> c_int,
+    }
+}
+
+/// Bytes of workspace; NVIDIA's advice for Hopper.
+pub(crate) const WORKSPACE: usize = 32 << 20;
+
+/// `out[rows, outs] = x[rows, depth] · w[outs, depth]ᵀ`, all row-major.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Product {
+    /// Rows of `x`.
+    pub rows: usize,
+    /// Rows of `w`.
+    pub outs: usize,
+    /// Length of the reduction.
+    pub depth: usize,
+    /// Elements from a row of `x` to the next.
+    pub x_stride: usize,
+    /// Elements from a row of `out` to the next.
+    pub out_stride: usize,
+    /// `out` is f32, else bf16.
+    pub f32_out: bool,
+    /// A bf16 bias `[outs]` is added.
+    pub bias: bool,
+}
+
+/// A shape's descriptors and algorithm.
+struct Plan {
+    desc: *mut c_void,
+    w: *mut c_void,
+    x: *mut c_void,
+    out: *mut c_void,
+    algo: cublasLtMatmulAlgo_t,
+}
+
+/// cuBLASLt on one GPU.
+pub(crate) struct Matmul {
+    gpu: Arc<Gpu>,
+    lt: &'static CublasLt,
+    handle: *mut c_void,
+    workspace: Memory,
+    plans: RefCell<HashMap<(Product, u64), Plan>>,
+}
+
+// SAFETY: handles of a library that may be used from any thread, one at a time here.
+unsafe impl Send for Matmul {}
+
+fn check(status: c_int, what: &str) -> Result<()> {
+    if status == 0 {
+        return Ok(());
+    }
+    Err(Error::Device(format!("cuBLASLt: {what}: status {status}")))
+}
+
+impl Matmul {
+    pub fn new(gpu: &Arc<Gpu>) -> Result<Matmul> {
+        static LT: OnceLock<Result<CublasLt>> = OnceLock::new();
+        let lt = LT.get_or_init(|| CublasLt::load(&library::open(&library::CUBLASLT)?));
+        let lt = lt.as_ref().map_err(Clone::clone)?;
+        gpu.attach()?;
+        let mut handle = null();
+        // SAFETY: an out-parameter.
+        check(unsafe { (lt.create)(&mut handle) }, "starting")?;
+        let workspace = Memory::uninit(gpu, WORKSPACE)?;
+        Ok(Matmul { gpu: gpu.clone(), lt, handle, workspace, plans: RefCell::default() })
+    }
+
+    /// Enqueues a product. `x`, `w`, `bias` and `out` are addresses on the GPU.
+    pub fn product(&self, p: Product, x: u64, w: u64, bias: u64, out: u64) -> Result<()> {
+        if p.rows == 0 || p.outs == 0 {
+            return Ok(());
+        }
+        // The largest power of two that divides the addresses; cuBLASLt picks kernels by it.
+        let alignment = 1 << (x | w | out | 256).trailing_zeros();
+        let mut plans = self.plans.borrow_mut();
+        let plan = match plans.entry((p, alignment)) {
+            std::collections::hash_map::Entry::Occupied(found) => found.into_mut(),
+            std::collections::hash_map::Entry::Vacant(empty) => empty.insert(self.plan(p, alignment as u32)?),
+        };
+        if p.bias {
+            let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER as u32;
+            // SAFETY: a live descriptor and an attribute with its size.
+            let status = unsafe { (self.lt.desc_set)(plan.desc, attribute, (&raw const bias).cast(), 8) };
+            check(status, "setting a bias")?;
+        }
+        let (one, zero) = (1f32, 0f32);
+        // SAFETY: a plan made for these shapes; the addresses have the extents it says.
+        let status = unsafe {
+            (self.lt.matmul)(
+                self.handle,
+                plan.desc,
+                &one,
+                w,
+                plan.w,
+                x,
+                plan.x,
+                &zero,
+                out,
+                plan.out,
+                out,
+                plan.out,
+                &plan.algo,
+                self.workspace.at(),
+                WORKSPACE,
+                self.gpu.stream().cast(),
+            )
+        };
+        check(status, &format!("{p:?}"))
+    }
+
+    /// Column-major, as cuBLASLt sees it: outᵀ[outs, rows] = (w[depth, outs])ᵀ · x[depth, rows].
+    fn plan(&self, p: Product, alignment: u32) -> Result<Plan> {
+        let (lt, bf16, f32) =
+            (self.lt, sys::cudaDataType_t::CUDA_R_16BF as u32, sys::cudaDataType_t::CUDA_R_32F as u32);
+        let layout = |kind: u32, rows: usize, cols: usize, stride: usize| {
+            let mut layout = null();
+            // SAFETY: an out-parameter.
+            let status = unsafe { (lt.layout_create)(&mut layout, kind, rows as u64, cols as u64, stride as i64) };
+            check(status, "describing a matrix").map(|()| layout)
+        };
+        let w = layout(bf16, p.depth, p.outs, p.depth)?;
+        let x = layout(bf16, p.depth, p.rows, p.x_stride)?;
+        let out = layout(if p.f32_out { f32 } else { bf16 }, p.outs, p.rows, p.out_stride)?;
+        let (mut desc, mut preference) = (null(), null());
+        let mut found = std::mem::MaybeUninit::<Heuristic>::zeroed();
+        let mut count = 0;
+        // SAFETY: out-parameters, live descriptors, attributes with their sizes.
+        unsafe {
+            let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F as u32;
+            check((lt.desc_create)(&mut desc, compute, f32), "describing a product")?;
+            let transposed = 1i32;
+            let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA as u32;
+            check((lt.desc_set)(desc, attribute, (&raw const transposed).cast(), 4), "describing a product")?;
+            if p.bias {
+                let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
+                let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE as u32;
+                check((lt.desc_set)(desc, attribute, (&raw const epilogue).cast(), 4), "describing a product")?;
+            }
+            check((lt.preference_create)(&mut preference), "making a preference")?;
+            use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
+            let size = WORKSPACE as u64;
+            let attribute = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as u32;
+            check((lt.preference_set)(preference, attribute, (&raw const size).cast(), 8), "setting a preference")?;
+            for attribute in [
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+            ] {
+                let value = (&raw const alignment).cast();
+                check((lt.preference_set)(preference, attribute as u32, value, 4), "setting a preference")?;
+            }
+            let status =
+                (lt.heuristic)(self.handle, desc, w, x, out, out, preference, 1, found.as_mut_ptr(), &mut count);
+            (lt.preference_destroy)(preference);
+            if status != 0 || count == 0 {
+                return Err(Error::Device(format!("cuBLASLt has no kernel for {p:?} (status {status})")));
+            }
+        }
+        // SAFETY: zeroed, and filled by the heuristic.
+        let algo = unsafe { found.assume_init() }.algo;
+        Ok(Plan { desc, w, x, out, algo })
+    }
+}
+
+impl Drop for Matmul {
+    fn drop(&mut self) {
+        let _ = self.gpu.attach();
+        // SAFETY: ours, and unused from here on. The few descriptors end with the process.
+        unsafe {
+            (self.lt.destroy)(self.handle);
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! The CUDA backend: one rank on one GPU, every operation enqueued on one stream, a decode step replayed as one graph.
+//!
+//! Nothing of CUDA is needed to build it: driver, NVRTC, cuBLASLt and NCCL are opened at run time
+//! ([`library`]). Activations are bf16, the residual stream and all sums f32.
+
+mod attention;
+pub(crate) mod context;
+mod experts;
+mod graph;
+pub mod kernels;
+pub(crate) mod library;
+mod load;
+mod matmul;
+mod memory;
+mod ops;
+mod reduce;
+mod step;
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use attention::{decode_source, prefill_constants};
+pub use context::{Gpu, GpuInfo, Memory, available};
+pub use experts::{Experts, Routing, expert_constants, route_constants};
+pub use load::{Matrix, Vector};
+pub use memory::{Budget, predict};
+
+use self::attention::Attention;
+use self::context::Pinned;
+use self::graph::Graphs;
+use self::kernels::Kernels;
+use self::load::Loader;
+use self::matmul::Matmul;
+use self::reduce::Reduce;
+use self::step::Inputs;
+use crate::backend::{AttentionShape, View};
+use crate::cache::{BLOCK, Layout};
+use crate::comm::Communicator;
+use crate::comm::nccl::{Element, Nccl};
+use crate::comm::one_shot::OneShot;
+use crate::error::{Error, Result};
+
+/// What a rank's GPU is made ready for.
+#[derive(Debug, Clone)]
+pub struct CudaOptions {
+    /// Tokens a step.
+    pub max_rows: usize,
+    /// Sequences a step.
+    pub max_sequences: usize,
+    /// Longest context in tokens.
+    pub max_context: usize,
+    /// Several ranks may have one GPU: then they sum through host memory. For tests and demonstrations.
+    pub share_gpus: bool,
+    /// Replay decode steps as graphs.
+    pub graphs: bool,
+    /// Bound of a step's wait for other ranks.
+    pub watchdog: Duration,
+    /// How ranks sum.
+    pub all_reduce: AllReduce,
+}
+
+/// How ranks sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AllReduce {
+    /// One-shot where it is faster, else NCCL.
+    #[default]
+    Auto,
+    /// NCCL.
+    Nccl,
+    /// One-shot wherever a step's rows fit, or an error.
+    OneShot,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        CudaOptions {
+            max_rows: 512,
+            max_sequences: 64,
+            max_context: 8192,
+            share_gpus: false,
+            graphs: true,
+            watchdog: crate::comm::WATCHDOG,
+            all_reduce: AllReduce::Auto,
+        }
+    }
+}
+
+/// One rank on one GPU.
+pub struct CudaBackend {
+    comm: Box<dyn Communicator>,
+    gpu: Arc<Gpu>,
+    options: CudaOptions,
+    kernels: Kernels,
+    matmul: Matmul,
+    loader: Loader,
+    inputs: Inputs,
+    attention: Attention,
+    experts: experts::Workspace,
+    graphs: Graphs,
+    reduce: Reduce,
+    one_shot: Option<OneShot>,
+    head: RefCell<Head>,
+    waited: Duration,
+}
+
+/// Logits of a step and what is read of them.
+struct Head {
+    /// f32 `[outputs, vocab]`
+    logits: Option<Memory>,
+    /// Largest logits and their indices, and the workspace of the search.
+    best: Option<Memory>,
+    host: Option<Pinned>,
+    vocab: usize,
+}
+
+/// Activations `[rows, cols]` on the GPU, row-major.
+pub struct Tensor {
+    memory: Memory,
+    rows: usize,
+    cols: usize,
+    element: Element,
+}
+
+/// One layer's paged cache, bf16, blocks as `kernels/` describes them.
+pub struct Cache {
+    memory: Memory,
+    layout: Layout,
+}
+
+/// Tables of cos and sin, f32 `[positions, pairs]`.
+pub struct RopeTable {
+    cos: Memory,
+    sin: Memory,
+    interleave: bool,
+    pairs: usize,
+    positions: usize,
+}
+
+impl Tensor {
+    fn at(&self) -> u64 {
+        self.memory.at()
+    }
+}
+
+/// The address of a view's first element.
+fn address(x: &View<Tensor>) -> u64 {
+    x.tensor.at() + 2 * x.first as u64
+}
+
+/// A defect of the caller's, named.
+fn expect(holds: bool, what: impl FnOnce() -> String) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::Internal(what())) }
+}
+
+impl CudaBackend {
+    /// The backend of this rank: GPU number `local rank` of its host, and NCCL among the ranks.
+    ///
+    /// # Errors
+    /// [`Error::Device`] naming the library, GPU or driver at fault and what to install.
+    pub fn new(mut comm: Box<dyn Communicator>, options: CudaOptions) -> Result<CudaBackend> {
+        match Parts::new(&mut *comm, &options) {
+            Ok(parts) => Ok(parts.with(comm, options)),
+            Err(e) => {
+                if comm.world() > 1 {
+                    comm.abort(e.exit_code(), &e.to_string());
+                }
+                Err(e)
+            }
+        }
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// The device, in words.
+    pub fn describe(&self) -> String {
+        let (major, minor) = self.gpu.info.capability;
+        format!("{}, compute capability {major}.{minor}", self.gpu.info.name)
+    }
+
+    /// Steps that were replayed from a graph.
+    pub fn replays(&self) -> u64 {
+        self.graphs.replays
+    }
+
+    /// Rows that every tensor has at least: a graph's padding may go beyond the step's tokens.
+    fn tensor_rows(&self) -> usize {
+        self.options.max_rows.max(step::bucket(self.options.max_sequences))
+    }
+
+    fn attend(
+        &self,
+        shape: &AttentionShape,
+        form: attention::Form,
+        q: &Tensor,
+        cache: &Cache,
+        out: &Tensor,
+    ) -> Result<()> {
+        self.attention.attend(&self.kernels, &self.inputs, shape, form, q.at(), cache.memory.at(), out.at())
+    }
+
+    /// Sums `rows` rows of a tensor over the ranks.
+    fn sum(&mut self, x: &Tensor) -> Result<()> {
+        let count = self.inputs.rows * x.cols;
+        self.waited += self.reduce.all_reduce(&self.gpu, &mut *self.comm, x.at(), count, x.element)?;
+        Ok(())
+    }
+
+    /// Rows of `cols` columns that are summed in one shot.
+    fn one_shot_rows(&self, cols: usize) -> usize {
+        let Some(one_shot) = &self.one_shot else { return 0 };
+        let rows = one_shot.rows(cols);
+        // Beyond this a second round of messages costs less than sending everything to everyone.
+        if self.options.all_reduce == AllReduce::Auto { rows / 2 } else { rows }
+    }
+
+    /// Records `body` as a graph, replays it `times` times after two to warm up, and gives the seconds of each replay:
+    /// what benchmarks need. Every rank calls it alike.
+    pub fn time(&mut self, times: usize, mut body: impl FnMut(&mut Self) -> Result<()>) -> Result<Vec<f64>> {
+        self.attention.begin();
+        body(self)?;
+        self.wait()?;
+        self.attention.begin();
+        let gpu = self.gpu.clone();
+        let graph = graph::Graph::record(&gpu, || body(self))?;
+        let mut seconds = vec![];
+        for i in 0..times + 2 {
+            self.comm.barrier()?;
+            let took = graph.time()?;
+            if i >= 2 {
+                seconds.push(took);
+            }
+        }
+        Ok(seconds)
+    }
+
+    /// Waits for the step, bounded by the watchdog.
+    fn wait(&self) -> Result<()> {
+        self.reduce.wait(&self.gpu, self.options.watchdog, self.comm.rank())
+    }
+}
+
+/// Everything of a backend but the communicator.
+struct Parts {
+    gpu: Arc<Gpu>,
+    matmul: Matmul,
+    inputs: Inputs,
+    reduce: Reduce,
+    one_shot: Option<OneShot>,
+}
+
+impl Parts {
+    fn new(comm: &mut dyn Communicator, options: &CudaOptions) -> Result<Parts> {
+        let gpus = available()?;
+        let (local, on_host) = comm.local();
+        let shared = options.share_gpus && on_host > gpus.len();
+        let gpu = Gpu::open(if options.share_gpus { local % gpus.len() } else { local })?;
+        kernels::compiler_version()?;
+        let matmul = Matmul::new(&gpu)?;
+        let inputs = Inputs::new(&gpu, options.max_rows, options.max_sequences, options.max_context)?;
+        let mut anyone_shares = vec![0; 8 * comm.world()];
+        comm.all_gather(&u64::from(shared).to_le_bytes(), &mut anyone_shares)?;
+        let reduce = match comm.world() {
+            1 => Reduce::Alone,
+            _ if anyone_shares.iter().any(|&b| b != 0) => Reduce::Host,
+            _ => Reduce::Nccl(Nccl::new(comm, options.watchdog)?),
+        };
+        let one_shot = match (&reduce, options.all_reduce) {
+            (Reduce::Nccl(_), AllReduce::Auto | AllReduce::OneShot) => OneShot::new(&gpu, comm)?,
+            _ => None,
+        };
+        if options.all_reduce == AllReduce::OneShot && comm.world() > 1 && one_shot.is_none() {
+            let what = "one-shot sums need all ranks on one host, each with a GPU of its own that reaches the others'";
+            return Err(Error::Device(format!("{what}: use --all-reduce auto")));
+        }
+        Ok(Parts { gpu, matmul, inputs, reduce, one_shot })
+    }
+
+    fn with(self, comm: Box<dyn Communicator>, options: CudaOptions) -> CudaBackend {
+        let Parts { gpu, matmul, inputs, reduce, one_shot } = self;
+        CudaBackend {
+            comm,
+            options,
+            kernels: Kernels::new(&gpu),
+            matmul,
+            loader: Loader::new(&gpu),
+            inputs,
+            attention: Attention::new(&gpu),
+            experts: experts::Workspace::default(),
+            graphs: Graphs::default(),
+            reduce,
+            one_shot,
+            head: RefCell::new(Head { logits: None, best: None, host: None, vocab: 0 }),
+            waited: Duration::ZERO,
+            gpu,
+        }
+    }
+}
+
+/// Bytes of a cache of one layer.
+fn cache_bytes(layout: Layout, blocks: usize) -> usize {
+    blocks * BLOCK * layout.elements() * 2
+}

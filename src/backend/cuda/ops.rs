@@ -1,0 +1,637 @@
+//! [`Backend`] for the GPU: one method, one or two launches.
+
+use std::time::Duration;
+
+use rayon::prelude::*;
+
+use super::attention::Form;
+use super::context::{Memory, Pinned, bytes_of, bytes_of_mut};
+use super::graph::{self, Graph};
+use super::kernels::{Launch, arguments, source};
+use super::matmul::Product;
+use super::reduce::{self, Reduce};
+use super::{Cache, CudaBackend, Experts, Matrix, RopeTable, Routing, Tensor, Vector, address, cache_bytes, expect};
+use crate::backend::{AttentionShape, Backend, Batch, ExpertSlices, Reduction, View};
+use crate::cache::Layout;
+use crate::checkpoint::Slice;
+use crate::comm::Communicator;
+use crate::comm::nccl::Element;
+use crate::comm::one_shot::MAX_WORLD;
+use crate::config::{Moe, Rope};
+use crate::error::{Error, Result};
+
+/// Rows up to which a product streams its weights through our own kernel.
+const SKINNY: usize = 16;
+
+/// The kernels' parameter blocks, field by field as in `kernels/`.
+#[repr(C)]
+struct Embed(u64, u64, u64, i32, i32, i32);
+#[repr(C)]
+struct Norm(u64, u64, u64, f32);
+#[repr(C)]
+struct AddNorm(u64, u64, u64, u64, u64, f32);
+#[repr(C)]
+struct NormColumns(u64, u64, u64, i32, i32, f32);
+#[repr(C)]
+struct SelectRows(u64, u64, u64, i32);
+#[repr(C)]
+struct SiluMul(u64, u64, i32, i32, i32);
+#[repr(C)]
+struct Argmax(u64, u64, u64, u64, u64, i32);
+#[repr(C)]
+struct Gemv(u64, u64, u64, u64, i32, i32, i32, i32, i32);
+#[repr(C)]
+struct AbsorbProduct(u64, u64, u64, i32, i32, i32, i32);
+#[repr(C)]
+struct OneShotAddNorm {
+    tensors: [u64; 6],
+    slots: [u64; MAX_WORLD],
+    rank: i32,
+    world: i32,
+    max_rows: i32,
+    eps: f32,
+}
+#[repr(C)]
+struct AppendGrouped {
+    inputs: [u64; 10],
+    strides: [i32; 3],
+    heads: i32,
+    groups: i32,
+    max_blocks: i32,
+}
+#[repr(C)]
+struct AppendLatent {
+    inputs: [u64; 10],
+    strides: [i32; 3],
+    heads: i32,
+    max_blocks: i32,
+}
+
+/// An operand of a product.
+struct Operand {
+    at: u64,
+    stride: usize,
+}
+
+impl CudaBackend {
+    /// `out = x·weightᵀ (+ bias)` for `rows` rows.
+    fn product(
+        &self,
+        weight: &Matrix,
+        bias: Option<&Vector>,
+        x: Operand,
+        rows: usize,
+        out: Operand,
+        f32_out: bool,
+    ) -> Result<()> {
+        if rows == 0 || weight.rows == 0 {
+            return Ok(());
+        }
+        let aligned = weight.cols.is_multiple_of(32) && x.stride.is_multiple_of(8) && x.at.is_multiple_of(16);
+        if rows > SKINNY || self.gpu.sm() < 90 || !aligned {
+            let product = Product {
+                rows,
+                outs: weight.rows,
+                depth: weight.cols,
+                x_stride: x.stride,
+                out_stride: out.stride,
+                f32_out,
+                bias: bias.is_some(),
+            };
+            return self.matmul.product(product, x.at, weight.memory.at(), bias.map_or(0, |b| b.bf16.at()), out.at);
+        }
+        let constants = [("ROWS", rows.next_power_of_two() as i64), ("OUT_F32", i64::from(f32_out))];
+        let f = self.kernels.get(&source::GEMV, "gemv", &constants)?;
+        let [threads, shared, _] = f.exports();
+        let a = Gemv(
+            weight.memory.at(),
+            x.at,
+            bias.map_or(0, |b| b.memory.at()),
+            out.at,
+            weight.rows as i32,
+            weight.cols as i32,
+            rows as i32,
+            x.stride as i32,
+            out.stride as i32,
+        );
+        self.kernels.launch(f, Launch::new(self.gpu.info.multiprocessors, threads).shared(shared), arguments![a])
+    }
+
+    fn rows(&self) -> usize {
+        self.inputs.rows
+    }
+
+    fn norm_kernel(
+        &self,
+        entry: &'static str,
+        width: usize,
+        f32_x: bool,
+    ) -> Result<(super::kernels::Function, Launch)> {
+        let mut constants = vec![("WIDTH", width as i64)];
+        if !f32_x {
+            constants.push(("X_BF16", 1));
+        }
+        let f = self.kernels.get(&source::NORM, entry, &constants)?;
+        Ok((f, Launch::new(self.rows(), f.exports()[0])))
+    }
+
+    fn absorb(
+        &self,
+        entry: &'static str,
+        shape: &AttentionShape,
+        kv_up: &Matrix,
+        (x, out): (&Tensor, &Tensor),
+        columns: usize,
+    ) -> Result<()> {
+        let f = self.kernels.get(&source::ABSORB_PRODUCT, entry, &absorb_constants(shape))?;
+        let most = shape.heads.min(shape.heads_per_group);
+        let grid = (columns.div_ceil(64), (self.rows() * most).div_ceil(64), shape.groups);
+        let a = AbsorbProduct(
+            kv_up.memory.at(),
+            x.at(),
+            out.at(),
+            self.rows() as i32,
+            shape.heads as i32,
+            shape.heads_per_group as i32,
+            shape.first_head_in_group as i32,
+        );
+        let shared = f.exports()[0];
+        self.kernels.launch(f, Launch { grid, block: 128, shared, ..Launch::default() }, arguments![a])
+    }
+
+    /// Sum over the ranks, residual and norm in one launch.
+    fn one_shot(
+        &self,
+        partial: &Tensor,
+        bias: Option<&Vector>,
+        x: &Tensor,
+        weight: &Vector,
+        eps: f32,
+        out: &Tensor,
+    ) -> Result<()> {
+        let Some(one_shot) = &self.one_shot else { return Ok(()) };
+        let f = self.kernels.get(&source::ONE_SHOT, "one_shot_add_norm", &[("WIDTH", x.cols as i64)])?;
+        let (rank, world) = one_shot.place();
+        let a = OneShotAddNorm {
+            tensors: [
+                partial.at(),
+                bias.map_or(0, |b| b.memory.at()),
+                x.at(),
+                weight.memory.at(),
+                out.at(),
+                one_shot.calls(),
+            ],
+            slots: one_shot.slots(),
+            rank: rank as i32,
+            world: world as i32,
+            max_rows: one_shot.rows(x.cols) as i32,
+            eps,
+        };
+        self.kernels.launch(f, Launch::new(self.rows(), f.exports()[0]), arguments![a])
+    }
+
+    /// Waits for the step and brings `bytes` bytes at `at` to page-locked memory.
+    fn fetch(&mut self, at: u64, bytes: usize) -> Result<()> {
+        self.gpu.attach()?;
+        let head = self.head.get_mut();
+        if head.host.as_ref().is_none_or(|h| h.slice::<u8>().len() < bytes) {
+            head.host = None;
+            head.host = Some(Pinned::new(&self.gpu, bytes.next_power_of_two())?);
+        }
+        if let Some(host) = head.host.as_mut() {
+            self.gpu.download(at, &mut host.slice_mut::<u8>()[..bytes])?;
+        }
+        self.wait()
+    }
+
+    /// Memory of at least `bytes`, grown where it is smaller; never inside a graph.
+    fn ensure(&self, slot: &mut Option<Memory>, bytes: usize) -> Result<u64> {
+        if slot.as_ref().is_none_or(|m| m.bytes() < bytes) {
+            *slot = None;
+            self.attention.generation.set(self.attention.generation.get() + 1);
+            *slot = Some(Memory::new(&self.gpu, bytes)?);
+        }
+        slot.as_ref().map(Memory::at).ok_or_else(|| Error::Internal("a workspace that is not there".into()))
+    }
+}
+
+/// The constants of the absorbing products.
+pub(crate) fn absorb_constants(shape: &AttentionShape) -> [(&'static str, i64); 4] {
+    [("DN", shape.nope as i64), ("DR", shape.rope as i64), ("DC", shape.latent as i64), ("DV", shape.value as i64)]
+}
+
+impl Backend for CudaBackend {
+    type Tensor = Tensor;
+    type Matrix = Matrix;
+    type Vector = Vector;
+    type Cache = Cache;
+    type Experts = Experts;
+    type Routing = Routing;
+    type RopeTable = RopeTable;
+
+    fn tensor(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        let rows = if rows == 0 { 0 } else { rows.max(self.tensor_rows()) };
+        let memory = Memory::new(&self.gpu, rows * cols * 2)?;
+        Ok(Tensor { memory, rows, cols, element: Element::Bf16 })
+    }
+
+    fn residual(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        let rows = rows.max(self.tensor_rows());
+        let memory = Memory::new(&self.gpu, rows * cols * 4)?;
+        Ok(Tensor { memory, rows, cols, element: Element::F32 })
+    }
+
+    fn matrix(&self, parts: &[Slice], _: Reduction) -> Result<Matrix> {
+        self.loader.matrix(&self.kernels, parts)
+    }
+
+    fn vector(&self, data: &[f32]) -> Result<Vector> {
+        self.loader.vector(data)
+    }
+
+    fn cache(&self, layout: Layout, blocks: usize) -> Result<Cache> {
+        Ok(Cache { memory: Memory::new(&self.gpu, cache_bytes(layout, blocks))?, layout })
+    }
+
+    fn cache_bytes(&self, cache: &Cache) -> usize {
+        cache.memory.bytes()
+    }
+
+    fn experts(&self, slices: &ExpertSlices, moe: &Moe) -> Result<Experts> {
+        Experts::load(&self.gpu, &self.loader, &self.kernels, slices, moe)
+    }
+
+    fn routing(&self, rows: usize, moe: &Moe) -> Result<Routing> {
+        Routing::new(&self.gpu, rows.max(self.tensor_rows()), moe)
+    }
+
+    fn rope_table(&self, rope: &Rope, inv_freq: &[f64], magnitude: f64, positions: usize) -> Result<RopeTable> {
+        let pairs = inv_freq.len();
+        let table = |f: fn(f64) -> f64| -> Result<Memory> {
+            let mut values = vec![0f32; positions * pairs];
+            values.par_chunks_mut(pairs.max(1)).enumerate().for_each(|(p, row)| {
+                for (v, w) in row.iter_mut().zip(inv_freq) {
+                    *v = (f(p as f64 * w) * magnitude) as f32;
+                }
+            });
+            let memory = Memory::uninit(&self.gpu, values.len() * 4)?;
+            self.gpu.upload(memory.at(), bytes_of(&values))?;
+            self.gpu.synchronize()?;
+            Ok(memory)
+        };
+        Ok(RopeTable { cos: table(f64::cos)?, sin: table(f64::sin)?, interleave: rope.interleave, pairs, positions })
+    }
+
+    fn loaded(&mut self) {
+        self.loader.finish();
+    }
+
+    fn step<F: FnMut(&mut Self) -> Result<()>>(&mut self, program: u32, batch: &Batch, mut body: F) -> Result<()> {
+        let usable = self.options.graphs && self.reduce.on_stream();
+        let (most_spans, most_rows) = (self.inputs.spans(), self.tensor_rows());
+        let Some(key) = graph::key(program, batch, most_spans, most_rows).filter(|_| usable) else {
+            self.begin(batch)?;
+            return body(self);
+        };
+        self.inputs.begin_padded(batch, key.spans, key.rows)?;
+        if let Some(graph) = self.graphs.get(key, self.attention.generation.get()) {
+            return graph.launch();
+        }
+        // The first time: run as it is, which loads kernels and makes workspaces, then record for the times to come.
+        self.attention.begin();
+        body(self)?;
+        self.attention.begin();
+        let gpu = self.gpu.clone();
+        let graph = Graph::record(&gpu, || body(self))?;
+        self.graphs.put(key, self.attention.generation.get(), graph);
+        Ok(())
+    }
+
+    fn begin(&mut self, batch: &Batch) -> Result<()> {
+        self.inputs.begin(batch)?;
+        self.attention.begin();
+        Ok(())
+    }
+
+    fn embed(&self, table: &Matrix, first: usize, out: &mut Tensor) -> Result<()> {
+        expect(table.cols == out.cols, || format!("an embedding of {} into {}", table.cols, out.cols))?;
+        let bf16 = out.element == Element::Bf16;
+        let f = self.kernels.get(&source::EMBED, "embed", if bf16 { &[("X_BF16", 1)] } else { &[] })?;
+        let (first, owned, hidden) = (first as i32, table.rows as i32, table.cols as i32);
+        let a = Embed(self.inputs.tokens(), table.memory.at(), out.at(), first, owned, hidden);
+        self.kernels.launch(f, Launch::new(self.rows(), 256), arguments![a])
+    }
+
+    fn norm(&self, x: &Tensor, weight: &Vector, eps: f32, out: &mut Tensor) -> Result<()> {
+        expect(x.cols == weight.len && out.cols == x.cols, || format!("a norm of {} columns", x.cols))?;
+        let (f, launch) = self.norm_kernel("norm_rows", x.cols, x.element == Element::F32)?;
+        let a = Norm(x.at(), weight.memory.at(), out.at(), eps);
+        self.kernels.launch(f, launch, arguments![a])
+    }
+
+    fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {
+        self.sum(x)
+    }
+
+    fn all_reduce_add_norm(
+        &mut self,
+        partial: &mut Tensor,
+        bias: Option<&Vector>,
+        x: &mut Tensor,
+        weight: &Vector,
+        eps: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        expect(x.cols == weight.len && partial.cols == x.cols, || format!("a norm of {} columns", x.cols))?;
+        if self.rows() <= self.one_shot_rows(x.cols) && x.element == Element::F32 {
+            return self.one_shot(partial, bias, x, weight, eps, out);
+        }
+        self.sum(partial)?;
+        let (f, launch) = self.norm_kernel("add_norm", x.cols, x.element == Element::F32)?;
+        let bias = bias.map_or(0, |b| b.memory.at());
+        let a = AddNorm(partial.at(), bias, x.at(), weight.memory.at(), out.at(), eps);
+        self.kernels.launch(f, launch, arguments![a])
+    }
+
+    fn linear(&self, weight: &Matrix, bias: Option<&Vector>, x: View<Tensor>, out: &mut Tensor) -> Result<()> {
+        expect(x.width == weight.cols && weight.rows <= out.cols && x.tensor.element == Element::Bf16, || {
+            format!("a [{}, {}] product of {} columns into {}", weight.rows, weight.cols, x.width, out.cols)
+        })?;
+        let x = Operand { at: address(&x), stride: x.tensor.cols };
+        self.product(weight, bias, x, self.rows(), Operand { at: out.at(), stride: out.cols }, false)
+    }
+
+    fn norm_columns(&self, x: View<Tensor>, weight: &Vector, eps: f32, out: &mut Tensor) -> Result<()> {
+        expect(x.width == weight.len && out.cols >= x.width, || format!("a norm of {} columns", x.width))?;
+        let (f, launch) = self.norm_kernel("norm_columns", x.width, false)?;
+        let (stride, out_stride) = (x.tensor.cols as i32, out.cols as i32);
+        let a = NormColumns(address(&x), weight.memory.at(), out.at(), stride, out_stride, eps);
+        self.kernels.launch(f, launch, arguments![a])
+    }
+
+    fn rope_append_grouped(
+        &self,
+        shape: &AttentionShape,
+        rope: &RopeTable,
+        q: View<Tensor>,
+        kv: View<Tensor>,
+        k_rope: Option<View<Tensor>>,
+        q_out: &mut Tensor,
+        cache: &mut Cache,
+    ) -> Result<()> {
+        let (groups, nope, value) = (shape.groups, shape.nope, shape.value);
+        let turned = if k_rope.is_some() { shape.rope } else { nope };
+        expect(
+            cache.layout == Layout::Grouped { groups, nope, rope: shape.rope, value } && rope.pairs * 2 == turned,
+            || format!("{:?} for {shape:?}, with {} pairs to turn", cache.layout, rope.pairs),
+        )?;
+        expect(self.inputs.max_blocks * crate::cache::BLOCK >= rope.positions, || {
+            format!("{} positions on a backend made for fewer", rope.positions)
+        })?;
+        let constants = [
+            ("DN", nope as i64),
+            ("DR", shape.rope as i64),
+            ("DV", value as i64),
+            ("INTERLEAVE", i64::from(rope.interleave)),
+        ];
+        let f = self.kernels.get(&source::ROPE_APPEND_GROUPED, "rope_append_grouped", &constants)?;
+        let units = shape.heads * (nope + shape.rope) + shape.rope + groups * (nope + value);
+        let a = AppendGrouped {
+            inputs: [
+                address(&q),
+                address(&kv),
+                k_rope.as_ref().map_or(0, address),
+                rope.cos.at(),
+                rope.sin.at(),
+                self.inputs.positions(),
+                self.inputs.row_seq(),
+                self.inputs.tables(0),
+                q_out.at(),
+                cache.memory.at(),
+            ],
+            strides: [q.tensor.cols as i32, kv.tensor.cols as i32, k_rope.map_or(0, |k| k.tensor.cols as i32)],
+            heads: shape.heads as i32,
+            groups: groups as i32,
+            max_blocks: self.inputs.max_blocks as i32,
+        };
+        let grid = (units.div_ceil(f.exports()[0]).div_ceil(128), self.rows(), 1);
+        self.kernels.launch(f, Launch { grid, block: 128, ..Launch::default() }, arguments![a])
+    }
+
+    fn rope_append_latent(
+        &self,
+        shape: &AttentionShape,
+        rope: &RopeTable,
+        q: View<Tensor>,
+        latent: View<Tensor>,
+        k_rope: View<Tensor>,
+        q_out: &mut Tensor,
+        cache: &mut Cache,
+    ) -> Result<()> {
+        expect(
+            cache.layout == Layout::Latent { latent: shape.latent, rope: shape.rope } && rope.pairs * 2 == shape.rope,
+            || format!("{:?} for {shape:?}, with {} pairs to turn", cache.layout, rope.pairs),
+        )?;
+        let constants = [
+            ("DN", shape.nope as i64),
+            ("DR", shape.rope as i64),
+            ("DC", shape.latent as i64),
+            ("INTERLEAVE", i64::from(rope.interleave)),
+        ];
+        let f = self.kernels.get(&source::ROPE_APPEND_LATENT, "rope_append_latent", &constants)?;
+        let units = shape.heads * (shape.nope + shape.rope) + shape.latent + shape.rope;
+        let a = AppendLatent {
+            inputs: [
+                address(&q),
+                address(&latent),
+                address(&k_rope),
+                rope.cos.at(),
+                rope.sin.at(),
+                self.inputs.positions(),
+                self.inputs.row_seq(),
+                self.inputs.tables(0),
+                q_out.at(),
+                cache.memory.at(),
+            ],
+            strides: [q.tensor.cols as i32, latent.tensor.cols as i32, k_rope.tensor.cols as i32],
+            heads: shape.heads as i32,
+            max_blocks: self.inputs.max_blocks as i32,
+        };
+        let grid = (units.div_ceil(f.exports()[0]).div_ceil(128), self.rows(), 1);
+        self.kernels.launch(f, Launch { grid, block: 128, ..Launch::default() }, arguments![a])
+    }
+
+    fn attend_grouped(&self, shape: &AttentionShape, q: &Tensor, cache: &Cache, out: &mut Tensor) -> Result<()> {
+        self.attend(shape, Form::Grouped, q, cache, out)
+    }
+
+    fn absorb_query(&self, shape: &AttentionShape, kv_up: &Matrix, q: &Tensor, out: &mut Tensor) -> Result<()> {
+        self.absorb("absorb_query", shape, kv_up, (q, out), shape.latent)
+    }
+
+    fn attend_latent(&self, shape: &AttentionShape, q: &Tensor, cache: &Cache, out: &mut Tensor) -> Result<()> {
+        self.attend(shape, Form::Latent, q, cache, out)
+    }
+
+    fn absorb_output(&self, shape: &AttentionShape, kv_up: &Matrix, latent: &Tensor, out: &mut Tensor) -> Result<()> {
+        self.absorb("absorb_output", shape, kv_up, (latent, out), shape.value)
+    }
+
+    fn silu_mul(&self, gate_up: &Tensor, width: usize, out: &mut Tensor) -> Result<()> {
+        let f = self.kernels.get(&source::SILU_MUL, "silu_mul", &[])?;
+        let a = SiluMul(gate_up.at(), out.at(), width as i32, gate_up.cols as i32, out.cols as i32);
+        let grid = (width.div_ceil(2048), self.rows(), 1);
+        self.kernels.launch(f, Launch { grid, block: 256, ..Launch::default() }, arguments![a])
+    }
+
+    fn route(&self, moe: &Moe, gate: &Matrix, bias: Option<&Vector>, x: &Tensor, routing: &mut Routing) -> Result<()> {
+        routing.choose(&self.kernels, moe, gate, bias, (x.at(), x.cols), (self.inputs.row_seq(), self.rows()))
+    }
+
+    fn moe(&mut self, experts: &Experts, routing: &Routing, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        let rows = self.inputs.rows;
+        let grown = self.experts.run(&self.gpu, &self.kernels, experts, routing, rows, x.at(), out.at())?;
+        if grown {
+            self.attention.generation.set(self.attention.generation.get() + 1);
+        }
+        Ok(())
+    }
+
+    fn select_outputs(&self, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        expect(self.inputs.outputs <= out.rows && x.cols == out.cols, || {
+            format!("{} outputs into {} rows", self.inputs.outputs, out.rows)
+        })?;
+        let f = self.kernels.get(&source::SELECT_ROWS, "select_rows", &[])?;
+        let a = SelectRows(x.at(), self.inputs.output_rows(), out.at(), x.cols as i32);
+        self.kernels.launch(f, Launch::new(self.inputs.outputs, 256), arguments![a])
+    }
+
+    fn head(&mut self, head: &Matrix, x: &Tensor, argmax: bool) -> Result<()> {
+        let outputs = self.inputs.outputs;
+        let mut state = self.head.borrow_mut();
+        state.vocab = head.rows;
+        if outputs == 0 {
+            return Ok(());
+        }
+        let logits = self.ensure(&mut state.logits, outputs * head.rows * 4)?;
+        let operand = Operand { at: x.at(), stride: x.cols };
+        self.product(head, None, operand, outputs, Operand { at: logits, stride: head.rows }, true)?;
+        if !argmax {
+            return Ok(());
+        }
+        // The best and their indices lie together, so that one copy brings both; the search's parts behind them.
+        let parts = source::ARGMAX;
+        let f = self.kernels.get(&parts, "argmax_parts", &[])?;
+        let [each, ..] = f.exports();
+        let best = self.ensure(&mut state.best, outputs * 8 * (1 + each))?;
+        let behind = |n: usize| best + 4 * (outputs * n) as u64;
+        let a = Argmax(logits, behind(2), behind(2 + each), best, behind(1), head.rows as i32);
+        self.kernels.launch(f, Launch { grid: (each, outputs, 1), block: 256, ..Launch::default() }, arguments![a])?;
+        let f = self.kernels.get(&parts, "argmax_join", &[])?;
+        self.kernels.launch(f, Launch::new(outputs, 32), arguments![a])
+    }
+
+    fn read_logits(&mut self, logits: &mut Vec<f32>) -> Result<()> {
+        let head = self.head.get_mut();
+        let (at, count) = (head.logits.as_ref().map_or(0, Memory::at), self.inputs.wanted * head.vocab);
+        logits.clear();
+        if count == 0 {
+            return Ok(());
+        }
+        self.fetch(at, count * 4)?;
+        if let Some(host) = &self.head.get_mut().host {
+            logits.extend_from_slice(&host.slice::<f32>()[..count]);
+        }
+        Ok(())
+    }
+
+    fn read_best(&mut self, best: &mut Vec<(f32, u32)>) -> Result<()> {
+        let (outputs, wanted) = (self.inputs.outputs, self.inputs.wanted);
+        best.clear();
+        if wanted == 0 {
+            return Ok(());
+        }
+        let at = self.head.get_mut().best.as_ref().map_or(0, Memory::at);
+        self.fetch(at, outputs * 8)?;
+        if let Some(host) = &self.head.get_mut().host {
+            let (values, indices) = (host.slice::<f32>(), &host.slice::<u32>()[outputs..]);
+            best.extend(values.iter().copied().zip(indices.iter().copied()).take(wanted));
+        }
+        Ok(())
+    }
+
+    fn read(&self, x: &Tensor, rows: usize) -> Result<Vec<f32>> {
+        reduce::read(&self.gpu, x.at(), rows.min(x.rows) * x.cols, x.element)
+    }
+
+    fn reduce_time(&mut self) -> Duration {
+        std::mem::take(&mut self.waited)
+    }
+
+    fn comm(&mut self) -> &mut dyn Communicator {
+        &mut *self.comm
+    }
+
+    fn into_comm(mut self) -> Box<dyn Communicator> {
+        self.graphs = super::Graphs::default();
+        if let Reduce::Nccl(nccl) = std::mem::replace(&mut self.reduce, Reduce::Alone) {
+            nccl.finish();
+        }
+        self.comm
+    }
+}
+
+/// Test access to what the trait has no need of.
+impl CudaBackend {
+    /// Writes `rows·cols` values into a tensor, rounded to its type.
+    pub fn write(&self, x: &mut Tensor, values: &[f32]) -> Result<()> {
+        expect(values.len() <= x.rows * x.cols, || format!("{} values into {}", values.len(), x.rows * x.cols))?;
+        match x.element {
+            Element::F32 => self.gpu.upload(x.at(), bytes_of(values))?,
+            Element::Bf16 => {
+                let bits: Vec<u16> = values.iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect();
+                self.gpu.upload(x.at(), bytes_of(&bits))?;
+            }
+        }
+        self.gpu.synchronize()
+    }
+
+    /// A matrix `[rows, cols]` from host memory, rounded to bf16.
+    pub fn matrix_of(&self, values: &[f32], cols: usize) -> Result<Matrix> {
+        let bits: Vec<u16> = values.iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect();
+        let memory = Memory::uninit(&self.gpu, bits.len() * 2)?;
+        self.gpu.upload(memory.at(), bytes_of(&bits))?;
+        self.gpu.synchronize()?;
+        Ok(Matrix { memory, rows: values.len() / cols.max(1), cols })
+    }
+
+    /// A matrix's values.
+    pub fn read_matrix(&self, matrix: &Matrix) -> Result<Vec<f32>> {
+        reduce::read(&self.gpu, matrix.memory.at(), matrix.rows * matrix.cols, Element::Bf16)
+    }
+
+    /// Experts from host memory, bf16 bits as [`ExpertSlices`] has them.
+    pub fn experts_of(&self, gate_up: &[Vec<u16>], down: &[Vec<u16>], hidden: usize, moe: &Moe) -> Result<Experts> {
+        Experts::from_host(&self.gpu, gate_up, down, hidden, moe)
+    }
+
+    /// Fills a cache with bytes: NaN from 0xff.
+    pub fn poison(&self, cache: &mut Cache, byte: u8) -> Result<()> {
+        self.gpu.fill(cache.memory.at(), byte, cache.memory.bytes())
+    }
+
+    /// Fills a tensor with bytes.
+    pub fn poison_tensor(&self, x: &mut Tensor, byte: u8) -> Result<()> {
+        self.gpu.fill(x.at(), byte, x.memory.bytes())
+    }
+
+    /// What a routing chose: ids and weights, `[rows, top_k]`.
+    pub fn read_routing(&self, routing: &Routing, rows: usize) -> Result<(Vec<u32>, Vec<f32>)> {
+        let mut ids = vec![0u32; rows * routing.top_k];
+        let mut weights = vec![0f32; rows * routing.top_k];
+        self.gpu.download(routing.ids(), bytes_of_mut(&mut ids))?;
+        self.gpu.download(routing.weights(), bytes_of_mut(&mut weights))?;
+        self.gpu.synchronize()?;
+        Ok((ids, weights))
+    }
+}

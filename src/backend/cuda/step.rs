@@ -1,0 +1,247 @@
+//! A step's tokens, positions and block tables on the GPU: one asynchronous copy from page-locked memory, and of the
+//! block tables only what changed.
+
+use std::sync::Arc;
+
+use super::context::{Event, Gpu, Memory, Pinned, bytes_of};
+use crate::backend::Batch;
+use crate::cache::BLOCK;
+use crate::error::{Error, Result};
+
+/// Rows of one sequence up to which decode attention takes it.
+pub(crate) const DECODE_ROWS: usize = 4;
+
+/// Neighbouring sequences that decode together: each has `rows` rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Run {
+    /// First sequence.
+    pub span: usize,
+    /// Sequences.
+    pub count: usize,
+    /// First row.
+    pub first: usize,
+    /// Rows a sequence, s_q.
+    pub rows: usize,
+}
+
+/// Neighbouring sequences in prefill.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Chunk {
+    /// First sequence.
+    pub span: usize,
+    /// Sequences.
+    pub count: usize,
+    /// Rows of the longest.
+    pub rows: usize,
+}
+
+/// The present step.
+pub(crate) struct Inputs {
+    gpu: Arc<Gpu>,
+    max_rows: usize,
+    max_spans: usize,
+    /// Blocks a sequence can have: the block table's stride.
+    pub max_blocks: usize,
+    host: Pinned,
+    copied: Event,
+    device: Memory,
+    table: Memory,
+    table_host: Pinned,
+    /// What the device's block table holds.
+    shadow: Vec<i32>,
+    /// Rows that are computed, padding included.
+    pub rows: usize,
+    /// Output rows that are computed, padding included.
+    pub outputs: usize,
+    /// Output rows that were asked for.
+    pub wanted: usize,
+    /// Decoding sequences.
+    pub runs: Vec<Run>,
+    /// Prefilling sequences.
+    pub chunks: Vec<Chunk>,
+}
+
+impl Inputs {
+    pub fn new(gpu: &Arc<Gpu>, max_rows: usize, max_spans: usize, max_context: usize) -> Result<Inputs> {
+        // A graph's padding may round the sequences up.
+        let max_spans = bucket(max_spans);
+        let max_rows = max_rows.max(max_spans);
+        let max_blocks = max_context.div_ceil(BLOCK).max(1);
+        let ints = 4 * max_rows + 3 * max_spans;
+        Ok(Inputs {
+            gpu: gpu.clone(),
+            max_rows,
+            max_spans,
+            max_blocks,
+            host: Pinned::new(gpu, 4 * ints)?,
+            copied: Event::new(gpu)?,
+            device: Memory::new(gpu, 4 * ints)?,
+            table: Memory::new(gpu, 4 * max_spans * max_blocks)?,
+            table_host: Pinned::new(gpu, 4 * max_spans * max_blocks)?,
+            shadow: vec![0; max_spans * max_blocks],
+            rows: 0,
+            outputs: 0,
+            wanted: 0,
+            runs: vec![],
+            chunks: vec![],
+        })
+    }
+
+    /// Bytes on the GPU.
+    pub fn bytes(max_rows: usize, max_spans: usize, max_context: usize) -> usize {
+        4 * (4 * max_rows.max(bucket(max_spans)) + bucket(max_spans) * (3 + max_context.div_ceil(BLOCK).max(1)))
+    }
+
+    /// Sequences there is room for.
+    pub fn spans(&self) -> usize {
+        self.max_spans
+    }
+    /// Token ids. `[rows]`
+    pub fn tokens(&self) -> u64 {
+        self.device.at()
+    }
+    /// Positions. `[rows]`
+    pub fn positions(&self) -> u64 {
+        self.device.at() + 4 * self.max_rows as u64
+    }
+    /// Sequence of each row, -1 for padding. `[rows]`
+    pub fn row_seq(&self) -> u64 {
+        self.device.at() + 8 * self.max_rows as u64
+    }
+    /// Rows whose logits are wanted, -1 for padding. `[outputs]`
+    pub fn output_rows(&self) -> u64 {
+        self.device.at() + 12 * self.max_rows as u64
+    }
+    /// Tokens in the cache, from sequence `span` on; 0 for padding. `[spans]`
+    pub fn lens(&self, span: usize) -> u64 {
+        self.device.at() + 4 * (4 * self.max_rows + span) as u64
+    }
+    /// First row, from sequence `span` on. `[spans]`
+    pub fn first(&self, span: usize) -> u64 {
+        self.device.at() + 4 * (4 * self.max_rows + self.max_spans + span) as u64
+    }
+    /// Rows, from sequence `span` on. `[spans]`
+    pub fn span_rows(&self, span: usize) -> u64 {
+        self.device.at() + 4 * (4 * self.max_rows + 2 * self.max_spans + span) as u64
+    }
+    /// Block tables, from sequence `span` on. `[spans, max_blocks]`
+    pub fn tables(&self, span: usize) -> u64 {
+        self.table.at() + 4 * (span * self.max_blocks) as u64
+    }
+
+    /// Takes a batch as it is.
+    pub fn begin(&mut self, batch: &Batch) -> Result<()> {
+        self.upload(batch, batch.spans.len(), batch.rows(), batch.outputs.len())?;
+        (self.runs, self.chunks) = (vec![], vec![]);
+        for (i, span) in batch.spans.iter().enumerate() {
+            if span.rows <= DECODE_ROWS {
+                match self.runs.last_mut() {
+                    Some(run) if run.span + run.count == i && run.rows == span.rows => run.count += 1,
+                    _ => self.runs.push(Run { span: i, count: 1, first: span.first, rows: span.rows }),
+                }
+            } else {
+                match self.chunks.last_mut() {
+                    Some(chunk) if chunk.span + chunk.count == i => {
+                        chunk.count += 1;
+                        chunk.rows = chunk.rows.max(span.rows);
+                    }
+                    _ => self.chunks.push(Chunk { span: i, count: 1, rows: span.rows }),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a decode batch padded to `spans` sequences of `rows` rows each, all of them outputs if any is.
+    pub fn begin_padded(&mut self, batch: &Batch, spans: usize, rows: usize) -> Result<()> {
+        let outputs = if batch.outputs.is_empty() { 0 } else { spans * rows };
+        self.upload(batch, spans, spans * rows, outputs)?;
+        self.runs = vec![Run { span: 0, count: spans, first: 0, rows }];
+        self.chunks.clear();
+        Ok(())
+    }
+
+    fn upload(&mut self, batch: &Batch, spans: usize, rows: usize, outputs: usize) -> Result<()> {
+        let (r, s) = (self.max_rows, self.max_spans);
+        if rows > r || spans > s || outputs > r {
+            let what = format!("a step of {rows} rows and {spans} sequences on a backend made for {r} and {s}");
+            return Err(Error::Internal(what));
+        }
+        self.gpu.attach()?;
+        self.copied.wait()?;
+        let ints = self.host.slice_mut::<i32>();
+        let (tokens, rest) = ints.split_at_mut(r);
+        let (positions, rest) = rest.split_at_mut(r);
+        let (row_seq, rest) = rest.split_at_mut(r);
+        let (output_rows, rest) = rest.split_at_mut(r);
+        let (lens, rest) = rest.split_at_mut(s);
+        let (firsts, span_rows) = rest.split_at_mut(s);
+        let live = batch.rows();
+        for i in 0..rows {
+            tokens[i] = batch.tokens.get(i).map_or(0, |&t| t as i32);
+            positions[i] = batch.positions.get(i).map_or(0, |&p| p as i32);
+        }
+        row_seq[..rows].fill(-1);
+        output_rows[..outputs].fill(-1);
+        for (o, &row) in output_rows.iter_mut().zip(&batch.outputs) {
+            *o = row as i32;
+        }
+        for i in 0..spans {
+            let Some(span) = batch.spans.get(i) else {
+                (lens[i], firsts[i], span_rows[i]) = (0, live as i32, 0);
+                continue;
+            };
+            if span.blocks.len() > self.max_blocks || span.context > span.blocks.len() * BLOCK {
+                let what = format!("a sequence of {} tokens in {} blocks", span.context, span.blocks.len());
+                return Err(Error::Internal(format!("{what}, with room for {} blocks", self.max_blocks)));
+            }
+            (lens[i], firsts[i], span_rows[i]) = (span.context as i32, span.first as i32, span.rows as i32);
+            row_seq[span.first..span.first + span.rows].fill(i as i32);
+        }
+        self.gpu.upload(self.device.at(), bytes_of(self.host.slice::<i32>()))?;
+        // A block table changes by one entry every BLOCK tokens, and whole only when sequences come and go.
+        for (i, span) in batch.spans.iter().enumerate() {
+            let at = i * self.max_blocks;
+            let row = &mut self.shadow[at..at + span.blocks.len()];
+            let differs = |(old, new): (&i32, &u32)| *old != *new as i32;
+            let Some(from) = row.iter().zip(&span.blocks).position(differs) else { continue };
+            let to = row.len() - row.iter().rev().zip(span.blocks.iter().rev()).position(differs).unwrap_or(0);
+            let staged = &mut self.table_host.slice_mut::<i32>()[at + from..at + to];
+            for ((old, staged), new) in row[from..to].iter_mut().zip(&mut *staged).zip(&span.blocks[from..to]) {
+                *staged = *new as i32;
+                *old = *new as i32;
+            }
+            self.gpu.upload(self.table.at() + 4 * (at + from) as u64, bytes_of(staged))?;
+        }
+        self.copied.record()?;
+        (self.rows, self.outputs, self.wanted) = (rows, outputs, batch.outputs.len());
+        Ok(())
+    }
+}
+
+/// The number of sequences a graph is made for: 1, 2, 4, 8, then multiples of 8, of 16 from 32, of 32 from 64.
+pub(crate) fn bucket(count: usize) -> usize {
+    match count {
+        0..=8 => count.next_power_of_two(),
+        9..=32 => count.next_multiple_of(8),
+        33..=64 => count.next_multiple_of(16),
+        65..=256 => count.next_multiple_of(32),
+        _ => count.next_multiple_of(64),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bucket;
+
+    #[test]
+    fn buckets_hold_their_batch_and_do_not_decrease() {
+        let mut last = 0;
+        for count in 1..1000 {
+            let b = bucket(count);
+            assert!(b >= count && b >= last && bucket(b) == b, "{count} in {b}");
+            last = b;
+        }
+        assert_eq!([1, 2, 3, 5, 9, 33, 65, 100].map(bucket), [1, 2, 4, 8, 16, 48, 96, 128]);
+    }
+}
