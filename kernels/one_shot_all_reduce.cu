@@ -1,0 +1,100 @@
+// The sum over the ranks in one step, fused with what follows it: every rank pushes
+// its partial row to all others, adds up what it received in rank order in f32
+// (so all ranks get the same bits), adds that to the residual and norms.
+//
+// x += sum of partials (+ bias); out = rmsnorm(x) * weight
+//
+// A word of data travels with a flag beside it, 8 bytes that arrive together, so that
+// neither side needs a fence or a second message. The flag is the number of the
+// row's call, which both sides count for themselves. A slot is used by every second
+// call: a rank that pushes call n + 2 has received call n + 1 of all others, and they
+// pushed that after they had read call n.
+//
+// Text after norm.cu, whose constants it takes. WIDTH is a multiple of 8.
+// one_shot_add_norm: grid rows (at most max_rows); block NORM_THREADS
+
+#define MAX_WORLD 8
+
+struct OneShot {
+  const u16* partial;    // [rows, WIDTH], this rank's
+  const float* bias;     // [WIDTH] or null
+  float* x;              // [rows, WIDTH], read and written
+  const float* weight;   // [WIDTH]
+  u16* out;              // [rows, WIDTH]
+  u32* calls;            // [max_rows] calls so far
+  u8* slots[MAX_WORLD];  // each rank's [2][world][max_rows][WIDTH / 2] {word, flag}
+  int rank;
+  int world;
+  int max_rows;
+  float eps;
+};
+
+DEVICE void push(u8* to, u32 a, u32 b, u32 flag) {
+  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(flag), "r"(b), "r"(flag)
+               : "memory");
+}
+
+DEVICE uint2 pull(const u8* from, u32 flag) {
+  u32 a, b, f, g;
+  do {
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(f), "=r"(b), "=r"(g) : "l"(from) : "memory");
+  } while (f != flag || g != flag);
+  return make_uint2(a, b);
+}
+
+#if WIDTH % 8 == 0 && !X_BF16
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) one_shot_add_norm(const OneShot a) {
+  const size_t row = blockIdx.x;
+  float v[PER][VEC], w[PER][VEC];
+  uint4 mine[PER];
+  grid_launch_dependents();
+  load_weights(a.weight, w);
+  grid_wait();
+  const u32 flag = a.calls[row] + 1;
+  const size_t half = (size_t)(flag & 1) * a.world;
+  auto slot = [&](int to, int from) { return a.slots[to] + ((half + from) * a.max_rows + row) * (WIDTH * 4); };
+
+#pragma unroll
+  for (int i = 0; i < PER; i++) {
+    const int col = column(i);
+    if (col >= WIDTH) continue;
+    mine[i] = *(const uint4*)(a.partial + row * WIDTH + col);
+    for (int p = 1; p < a.world; p++) {
+      const int to = (a.rank + p) % a.world;
+      u8* at = slot(to, a.rank) + col * 4;
+      push(at, mine[i].x, mine[i].y, flag);
+      push(at + 16, mine[i].z, mine[i].w, flag);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < PER; i++) {
+    const int col = column(i);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) v[i][k] = 0.f;
+    if (col >= WIDTH) continue;
+    float residual[VEC];
+    load_values(a.x + row * WIDTH + col, residual);
+    for (int from = 0; from < a.world; from++) {
+      uint4 q = mine[i];
+      if (from != a.rank) {
+        const u8* at = slot(a.rank, from) + col * 4;
+        const uint2 lo = pull(at, flag), hi = pull(at + 16, flag);
+        q = make_uint4(lo.x, lo.y, hi.x, hi.y);
+      }
+      const u32 words[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+      for (int k = 0; k < VEC; k++) v[i][k] += k & 1 ? bf16_hi(words[k / 2]) : bf16_lo(words[k / 2]);
+    }
+#pragma unroll
+    for (int k = 0; k < VEC; k++) v[i][k] += residual[k];
+    if (a.bias) {
+      load_values(a.bias + col, residual);
+#pragma unroll
+      for (int k = 0; k < VEC; k++) v[i][k] += residual[k];
+    }
+    store_values(a.x + row * WIDTH + col, v[i]);
+  }
+  finish_norm(v, w, a.eps, a.out + row * WIDTH);
+  if (threadIdx.x == 0) a.calls[row] = flag;
+}
+#endif

@@ -1,0 +1,200 @@
+//! Rotation, append and attention, on both layouts, over caches whose unused slots are NaN.
+
+use gqla::backend::cuda::CudaBackend;
+use gqla::backend::{AttentionShape, Backend, Batch, Span, View};
+use gqla::cache::{BLOCK, Layout};
+use gqla::config::{Rope, RopeScaling};
+
+use crate::support::*;
+
+/// (heads, groups, first head in group, heads a group, nope, rope, value, latent)
+type Dims = (usize, usize, usize, usize, usize, usize, usize, usize);
+
+fn shape((heads, groups, first, per_group, nope, rope, value, latent): Dims) -> AttentionShape {
+    let scale = ((nope + rope) as f32).powf(-0.5);
+    AttentionShape {
+        heads,
+        groups,
+        first_head_in_group: first,
+        heads_per_group: per_group,
+        nope,
+        rope,
+        value,
+        latent,
+        scale,
+    }
+}
+
+/// The steps that bring every sequence to its context: whole chunks before, then the step itself.
+fn steps(last: &Batch) -> Vec<Batch> {
+    let mut steps = vec![];
+    for span in &last.spans {
+        let before = span.context - span.rows;
+        for from in (0..before).step_by(300) {
+            let rows = (before - from).min(300);
+            let context = from + rows;
+            let span = Span { first: 0, rows, context, blocks: span.blocks.clone() };
+            let positions = (from..context).map(|p| p as u32).collect();
+            steps.push(Batch { tokens: vec![0; rows], positions, spans: vec![span], outputs: vec![] });
+        }
+    }
+    steps.push(last.clone());
+    steps
+}
+
+/// Batches to try: decode of 1 to 4 rows, prefill, and both together.
+fn batches(random: &mut Random) -> Vec<Batch> {
+    [
+        &[(1, 1), (1, 64), (1, 65), (1, 700), (1, 129)][..],
+        &[(2, 2), (2, 65), (2, 400)],
+        &[(4, 4), (4, 66), (4, 128), (4, 500)],
+        &[(3, 191)],
+        &[(37, 37), (130, 130), (65, 193)],
+        &[(1, 300), (1, 5), (20, 84), (2, 70), (100, 100), (1, 1)],
+    ]
+    .map(|spans| random.batch(spans))
+    .into()
+}
+
+const ROPE: Rope = Rope { theta: 10000.0, interleave: true, scaling: RopeScaling::Default };
+
+fn frequencies(turned: usize) -> Vec<f64> {
+    (0..turned / 2).map(|i| 10000f64.powf(-((2 * i) as f64) / turned as f64)).collect()
+}
+
+fn poisoned(gpu: &CudaBackend, layout: Layout, blocks: usize) -> gqla::backend::cuda::Cache {
+    let mut cache = gpu.cache(layout, blocks).unwrap();
+    gpu.poison(&mut cache, 0xff).unwrap();
+    cache
+}
+
+fn blocks(batch: &Batch) -> usize {
+    1 + batch.spans.iter().flat_map(|s| &s.blocks).max().map_or(0, |&b| b as usize)
+}
+
+#[test]
+fn grouped_attention() {
+    let Some(mut p) = pair() else { return };
+    for (dims, interleave) in [
+        ((16, 8, 0, 2, 32, 16, 32, 128), true),    // tiny-glm-gqla
+        ((24, 4, 0, 6, 40, 24, 56, 96), true),     // odd heads
+        ((6, 1, 0, 6, 40, 24, 56, 96), false),     // turning halves
+        ((16, 8, 0, 2, 32, 0, 32, 0), false),      // tiny Llama
+        ((8, 2, 0, 4, 128, 0, 128, 0), false),     // LLaMA-3
+        ((32, 2, 0, 16, 128, 64, 128, 512), true), // canonical
+        ((64, 4, 0, 16, 128, 64, 128, 512), false),
+        ((10, 2, 0, 5, 192, 64, 256, 512), true), // GLM-4.7-Flash
+        ((4, 4, 0, 1, 128, 64, 128, 512), true),  // MLA
+    ] {
+        let s = shape(dims);
+        let rope = Rope { interleave, ..ROPE };
+        let turned = if s.rope > 0 { s.rope } else { s.nope };
+        let tg = p.gpu.rope_table(&rope, &frequencies(turned), 1.25, 800).unwrap();
+        let tc = p.cpu.rope_table(&rope, &frequencies(turned), 1.25, 800).unwrap();
+        let layout = Layout::Grouped { groups: s.groups, nope: s.nope, rope: s.rope, value: s.value };
+        for batch in batches(&mut p.random) {
+            let mut cg = poisoned(&p.gpu, layout, blocks(&batch));
+            let mut cc = p.cpu.cache(layout, blocks(&batch)).unwrap();
+            let all = steps(&batch);
+            for (i, step) in all.iter().enumerate() {
+                p.begin(step);
+                let n = step.rows();
+                let (qw, kvw) = (s.heads * (s.nope + s.rope), s.groups * (s.nope + s.value));
+                let wide = qw + 8 + kvw + s.rope;
+                let x = p.random.floats(n * wide);
+                let (xg, xc) = p.tensors(&x, wide);
+                let (mut qg, mut qc) = p.outputs(n, qw);
+                let k_rope = (s.rope > 0).then_some(());
+                p.gpu
+                    .rope_append_grouped(
+                        &s,
+                        &tg,
+                        View::new(&xg, 0, qw),
+                        View::new(&xg, qw + 8, kvw),
+                        k_rope.map(|()| View::new(&xg, qw + 8 + kvw, s.rope)),
+                        &mut qg,
+                        &mut cg,
+                    )
+                    .unwrap();
+                p.cpu
+                    .rope_append_grouped(
+                        &s,
+                        &tc,
+                        View::new(&xc, 0, qw),
+                        View::new(&xc, qw + 8, kvw),
+                        k_rope.map(|()| View::new(&xc, qw + 8 + kvw, s.rope)),
+                        &mut qc,
+                        &mut cc,
+                    )
+                    .unwrap();
+                if i + 1 < all.len() {
+                    continue;
+                }
+                let spans: Vec<_> = batch.spans.iter().map(|s| (s.rows, s.context)).collect();
+                p.same(&format!("rotated queries {dims:?}"), (&qg, &qc), n, 5e-3);
+                let (mut og, mut oc) = p.outputs(n, s.heads * s.value);
+                p.gpu.attend_grouped(&s, &qg, &cg, &mut og).unwrap();
+                p.cpu.attend_grouped(&s, &qc, &cc, &mut oc).unwrap();
+                p.same(&format!("attention {dims:?} over {spans:?}"), (&og, &oc), n, 1e-2);
+            }
+        }
+    }
+}
+
+#[test]
+fn latent_attention_and_the_absorbing_products() {
+    let Some(mut p) = pair() else { return };
+    for (dims, interleave) in [
+        ((16, 8, 0, 2, 32, 16, 32, 128), true),
+        ((24, 4, 0, 6, 40, 24, 56, 96), true),
+        ((3, 2, 5, 6, 40, 24, 56, 96), true), // a rank that has parts of two groups
+        ((12, 3, 0, 4, 128, 64, 128, 512), true),
+        ((10, 2, 0, 5, 192, 64, 256, 512), false),
+        ((48, 3, 0, 16, 128, 64, 128, 512), true),
+        ((6, 1, 0, 6, 40, 24, 56, 96), false),
+    ] {
+        let s = shape(dims);
+        let rope = Rope { interleave, ..ROPE };
+        let tg = p.gpu.rope_table(&rope, &frequencies(s.rope), 1.0, 800).unwrap();
+        let tc = p.cpu.rope_table(&rope, &frequencies(s.rope), 1.0, 800).unwrap();
+        let layout = Layout::Latent { latent: s.latent, rope: s.rope };
+        let up: Vec<f32> = p.random.floats(s.groups * (s.nope + s.value) * s.latent);
+        let up: Vec<f32> = up.iter().map(|x| x / 16.0).collect();
+        let (ug, uc) = p.matrices(&up, s.latent);
+        for batch in batches(&mut p.random) {
+            let mut cg = poisoned(&p.gpu, layout, blocks(&batch));
+            let mut cc = p.cpu.cache(layout, blocks(&batch)).unwrap();
+            let all = steps(&batch);
+            for (i, step) in all.iter().enumerate() {
+                p.begin(step);
+                let n = step.rows();
+                let qw = s.heads * (s.nope + s.rope);
+                let wide = qw + s.latent + s.rope;
+                let x = p.random.floats(n * wide);
+                let (xg, xc) = p.tensors(&x, wide);
+                let (mut qg, mut qc) = p.outputs(n, qw);
+                let (a, b) = (View::new(&xg, qw, s.latent), View::new(&xg, qw + s.latent, s.rope));
+                p.gpu.rope_append_latent(&s, &tg, View::new(&xg, 0, qw), a, b, &mut qg, &mut cg).unwrap();
+                let (a, b) = (View::new(&xc, qw, s.latent), View::new(&xc, qw + s.latent, s.rope));
+                p.cpu.rope_append_latent(&s, &tc, View::new(&xc, 0, qw), a, b, &mut qc, &mut cc).unwrap();
+                if i + 1 < all.len() {
+                    continue;
+                }
+                let spans: Vec<_> = batch.spans.iter().map(|s| (s.rows, s.context)).collect();
+                let (mut ag, mut ac) = p.outputs(n, s.heads * (s.latent + s.rope));
+                p.gpu.absorb_query(&s, &ug, &qg, &mut ag).unwrap();
+                p.cpu.absorb_query(&s, &uc, &qc, &mut ac).unwrap();
+                p.same(&format!("absorbed queries {dims:?}"), (&ag, &ac), n, 8e-3);
+                let (mut lg, mut lc) = p.outputs(n, s.heads * s.latent);
+                p.gpu.attend_latent(&s, &ag, &cg, &mut lg).unwrap();
+                p.cpu.attend_latent(&s, &ac, &cc, &mut lc).unwrap();
+                p.same(&format!("attention {dims:?} over {spans:?}"), (&lg, &lc), n, 1.5e-2);
+                let (mut og, mut oc) = p.outputs(n, s.heads * s.value);
+                p.gpu.absorb_output(&s, &ug, &lg, &mut og).unwrap();
+                p.cpu.absorb_output(&s, &uc, &lc, &mut oc).unwrap();
+                p.same(&format!("output {dims:?} over {spans:?}"), (&og, &oc), n, 1.5e-2);
+            }
+        }
+    }
+    assert_eq!(BLOCK, 64);
+}

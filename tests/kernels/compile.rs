@@ -1,0 +1,148 @@
+//! NVRTC alone, no GPU: every source compiles for the oldest card, for Hopper and for later ones, for every head shape
+//! that SPEC.md's models have and for the bundled checkpoints'.
+
+use std::collections::BTreeSet;
+
+use gqla::backend::AttentionShape;
+use gqla::backend::cuda::kernels::{Source, compile, compiler_version, export, source};
+use gqla::backend::cuda::{decode_source, expert_constants, prefill_constants, route_constants};
+use gqla::config::{Moe, Scoring};
+
+/// (heads, groups, nope, rope, value, latent) of one rank.
+const SHAPES: [(usize, usize, usize, usize, usize, usize); 12] = [
+    (32, 8, 128, 0, 128, 0),       // LLaMA-3-8B
+    (16, 4, 128, 0, 128, 0),       // at W=2
+    (128, 8, 128, 64, 128, 512),   // the canonical GQLA shape
+    (16, 1, 128, 64, 128, 512),    // at W=8
+    (20, 4, 192, 64, 256, 512),    // GLM-4.7-Flash, G=4
+    (20, 20, 192, 64, 256, 512),   // as published
+    (16, 16, 128, 64, 128, 512),   // DeepSeek-V2-Lite
+    (128, 128, 128, 64, 128, 512), // DeepSeek-V3
+    (16, 8, 32, 16, 32, 128),      // tiny-glm-gqla
+    (16, 8, 32, 0, 32, 0),         // tiny-llama-gqa
+    (24, 4, 40, 24, 56, 96),       // oddheads-yarn-moe
+    (8, 8, 32, 16, 32, 64),        // deepseek-v3-mla
+];
+
+type Constants = Vec<(&'static str, i64)>;
+
+fn shape((heads, groups, nope, rope, value, latent): (usize, usize, usize, usize, usize, usize)) -> AttentionShape {
+    let heads_per_group = heads / groups;
+    AttentionShape { heads, groups, first_head_in_group: 0, heads_per_group, nope, rope, value, latent, scale: 1.0 }
+}
+
+/// Everything that is compiled for one architecture.
+fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
+    let mut jobs: BTreeSet<(&'static str, Constants)> = BTreeSet::new();
+    let mut add = |s: &Source, constants: Constants| {
+        jobs.insert((s.name, constants));
+    };
+    for s in [source::SPLIT_PLAN, source::ABSORB_PLAN, source::SELECT_ROWS, source::SILU_MUL, source::ARGMAX] {
+        add(&s, vec![]);
+    }
+    for s in [source::EMBED, source::DUMMY_WEIGHTS] {
+        add(&s, vec![]);
+    }
+    for width in [192, 2048, 4096, 7168, 77] {
+        add(&source::NORM, vec![("WIDTH", width)]);
+        add(&source::NORM, vec![("WIDTH", width), ("X_BF16", 1)]);
+        add(&source::ONE_SHOT, vec![("WIDTH", width)]);
+    }
+    if hopper {
+        for m in [1, 2, 4, 8, 16] {
+            add(&source::GEMV, vec![("ROWS", m), ("OUT_F32", 0)]);
+            add(&source::GEMV, vec![("ROWS", m), ("OUT_F32", 1)]);
+        }
+    }
+    for dims in SHAPES {
+        let s = shape(dims);
+        let int = |x: usize| x as i64;
+        for rows in [1, 2, 4] {
+            let (src, _, constants) = decode_source(&s, false, rows, hopper);
+            add(src, constants);
+            add(&source::COMBINE, vec![("DV", int(s.value)), ("SQ", int(rows))]);
+        }
+        add(&source::PREFILL, prefill_constants(&s, false, if hopper { 227 << 10 } else { 99 << 10 }));
+        let interleave = i64::from(s.rope > 0);
+        let (dn, dr) = (("DN", int(s.nope)), ("DR", int(s.rope)));
+        add(&source::ROPE_APPEND_GROUPED, vec![dn, dr, ("DV", int(s.value)), ("INTERLEAVE", interleave)]);
+        if s.latent == 0 {
+            continue;
+        }
+        for rows in [1, 2] {
+            let (src, _, constants) = decode_source(&s, true, rows, hopper);
+            add(src, constants);
+            add(&source::COMBINE, vec![("DV", int(s.latent)), ("SQ", int(rows))]);
+        }
+        add(&source::PREFILL, prefill_constants(&s, true, if hopper { 227 << 10 } else { 99 << 10 }));
+        let dc = ("DC", int(s.latent));
+        add(&source::ROPE_APPEND_LATENT, vec![dn, dr, dc, ("INTERLEAVE", 1)]);
+        add(&source::ROPE_APPEND_LATENT, vec![dn, dr, dc, ("INTERLEAVE", 0)]);
+        add(&source::ABSORB_PRODUCT, vec![dn, dr, dc, ("DV", int(s.value))]);
+    }
+    let moe = |experts, top_k, groups, top_groups, scoring| Moe {
+        experts,
+        top_k,
+        width: 64,
+        shared_width: 64,
+        scoring,
+        groups,
+        top_groups,
+        normalise: scoring == Scoring::NoAuxTc,
+        scale: 1.0,
+    };
+    for (moe, hidden, width, shared) in [
+        (moe(64, 4, 1, 1, Scoring::NoAuxTc), 2048, 1536, 1536),
+        (moe(256, 8, 8, 4, Scoring::NoAuxTc), 7168, 1024, 1024),
+        (moe(64, 6, 1, 1, Scoring::SoftmaxGreedy), 2048, 704, 1408),
+        (moe(160, 6, 8, 3, Scoring::SoftmaxGroupLimited), 5120, 1536, 3072),
+        (moe(8, 2, 1, 1, Scoring::NoAuxTc), 128, 16, 0),
+    ] {
+        add(&source::ROUTE, route_constants(&moe, hidden));
+        for rows in [1, 16, 64, 512] {
+            add(&source::EXPERTS, expert_constants((moe.experts, moe.top_k, hidden), (width, shared), rows));
+        }
+    }
+    jobs
+}
+
+/// Compiles everything for `architecture`; the Hopper-only sources only there.
+fn check(architecture: &str, hopper: bool) {
+    if let Err(e) = compiler_version() {
+        assert!(std::env::var_os("GQLA_NVRTC").is_none(), "{e}");
+        eprintln!("NOT RUN for lack of NVRTC (install nvidia-cuda-nvrtc, or set GQLA_NVRTC): {e}");
+        return;
+    }
+    let jobs: Vec<_> = all(hopper).into_iter().collect();
+    let failures: Vec<String> = {
+        use rayon::prelude::*;
+        let one = |(name, constants): &(&str, Constants)| {
+            let source = source::ALL.iter().find(|s| s.name == *name)?;
+            match compile(source, constants, architecture) {
+                Err(e) => Some(e.to_string()),
+                Ok(ptx) => {
+                    let missing = source.exports.iter().find(|e| export(&ptx, e).is_none())?;
+                    Some(format!("{name} {constants:?} exports no {missing}"))
+                }
+            }
+        };
+        jobs.par_iter().filter_map(one).collect()
+    };
+    assert!(failures.is_empty(), "{} of {}:\n{}", failures.len(), jobs.len(), failures.join("\n"));
+    eprintln!("{} kernels compiled for {architecture}", jobs.len());
+}
+
+#[test]
+fn every_kernel_compiles_for_the_oldest_gpus() {
+    check("compute_80", false);
+}
+
+#[test]
+fn every_kernel_compiles_for_hopper() {
+    check("compute_90a", true);
+}
+
+#[test]
+fn every_kernel_compiles_for_later_gpus() {
+    check("compute_100", false);
+}

@@ -1,0 +1,212 @@
+//! Operations that look at one row, products, routing, the head.
+
+use gqla::backend::cpu::HostRows;
+use gqla::backend::{Backend, Reduction, View};
+use gqla::checkpoint::Checkpoint;
+use gqla::config::{Moe, Scoring};
+
+use crate::support::*;
+
+/// bf16 outputs of f32 sums.
+const BOUND: f64 = 6e-3;
+
+#[test]
+fn embedding_norms_and_activation() {
+    let Some(mut p) = pair() else { return };
+    for (n, hidden) in [(1, 192), (5, 2048), (33, 4096), (3, 77)] {
+        let batch = p.random.batch(&vec![(1, 1); n.min(20)]);
+        let n = batch.rows();
+        p.begin(&batch);
+        let table = p.random.floats(30 * hidden);
+        let (tg, tc) = p.matrices(&table, hidden);
+        let (mut xg, mut xc) = (p.gpu.residual(n, hidden).unwrap(), p.cpu.residual(n, hidden).unwrap());
+        p.gpu.poison_tensor(&mut xg, 0xff).unwrap();
+        p.gpu.embed(&tg, 10, &mut xg).unwrap();
+        p.cpu.embed(&tc, 10, &mut xc).unwrap();
+        p.same("embed", (&xg, &xc), n, 1e-9);
+
+        let weight = p.random.floats(hidden);
+        let (wg, wc) = (p.gpu.vector(&weight).unwrap(), p.cpu.vector(&weight).unwrap());
+        let (mut og, mut oc) = p.outputs(n, hidden);
+        p.gpu.norm(&xg, &wg, 1e-5, &mut og).unwrap();
+        p.cpu.norm(&xc, &wc, 1e-5, &mut oc).unwrap();
+        p.same("norm", (&og, &oc), n, BOUND);
+
+        let partial = p.random.floats(n * hidden);
+        let bias = p.random.floats(hidden);
+        let (bg, bc) = (p.gpu.vector(&bias).unwrap(), p.cpu.vector(&bias).unwrap());
+        for biased in [false, true] {
+            let (mut pg, mut pc) = p.tensors(&partial, hidden);
+            let (bg, bc) = (biased.then_some(&bg), biased.then_some(&bc));
+            p.gpu.all_reduce_add_norm(&mut pg, bg, &mut xg, &wg, 1e-5, &mut og).unwrap();
+            p.cpu.all_reduce_add_norm(&mut pc, bc, &mut xc, &wc, 1e-5, &mut oc).unwrap();
+            p.same("residual", (&xg, &xc), n, 1e-6);
+            p.same("norm of the residual", (&og, &oc), n, BOUND);
+        }
+
+        let wide = p.random.floats(n * (hidden + 24));
+        let (vg, vc) = p.tensors(&wide, hidden + 24);
+        for first in [0, 8, 3] {
+            let (mut og, mut oc) = p.outputs(n, hidden);
+            p.gpu.norm_columns(View::new(&vg, first, hidden), &wg, 1e-6, &mut og).unwrap();
+            p.cpu.norm_columns(View::new(&vc, first, hidden), &wc, 1e-6, &mut oc).unwrap();
+            p.same("norm of columns", (&og, &oc), n, BOUND);
+        }
+
+        let gate_up = p.random.floats(n * 2 * hidden);
+        let (gg, gc) = p.tensors(&gate_up, 2 * hidden);
+        let (mut og, mut oc) = p.outputs(n, hidden);
+        p.gpu.silu_mul(&gg, hidden, &mut og).unwrap();
+        p.cpu.silu_mul(&gc, hidden, &mut oc).unwrap();
+        p.same("silu·up", (&og, &oc), n, BOUND);
+    }
+}
+
+#[test]
+fn products_of_any_number_of_rows() {
+    let Some(mut p) = pair() else { return };
+    for (outs, depth) in [(64, 48), (4096, 512), (1000, 1344), (257, 4096), (3072, 96)] {
+        let weight = p.random.floats(outs * depth);
+        let bias = p.random.floats(outs);
+        let (wg, wc) = p.matrices(&weight, depth);
+        let (bg, bc) = (p.gpu.vector(&bias).unwrap(), p.cpu.vector(&bias).unwrap());
+        for n in [1, 2, 3, 8, 13, 16, 17, 64, 200] {
+            let spans: Vec<_> = if n <= 20 { vec![(1, 1); n] } else { vec![(n, n)] };
+            let batch = p.random.batch(&spans);
+            p.begin(&batch);
+            let x = p.random.floats(n * (depth + 16));
+            let (xg, xc) = p.tensors(&x, depth + 16);
+            for (first, biased) in [(0, false), (8, true), (16, false)] {
+                let (mut og, mut oc) = p.outputs(n, outs);
+                let (bg, bc) = (biased.then_some(&bg), biased.then_some(&bc));
+                p.gpu.linear(&wg, bg, View::new(&xg, first, depth), &mut og).unwrap();
+                p.cpu.linear(&wc, bc, View::new(&xc, first, depth), &mut oc).unwrap();
+                p.same(&format!("[{outs}, {depth}] of {n} rows from {first}"), (&og, &oc), n, BOUND);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_head_and_its_largest_logits() {
+    let Some(mut p) = pair() else { return };
+    for (n, vocab, hidden) in [(1, 1000, 256), (7, 4099, 192), (40, 512, 128)] {
+        let mut batch = p.random.batch(&[(n, n)]);
+        batch.outputs = (0..n as u32).filter(|r| n < 3 || r % 3 != 1).collect();
+        p.begin(&batch);
+        let outputs = batch.outputs.len();
+        let (hg, hc) = {
+            let mut w = p.random.floats(vocab * hidden);
+            w.copy_within(3 * hidden..4 * hidden, 9 * hidden); // a tie
+            p.matrices(&w, hidden)
+        };
+        let x = p.random.floats(n * hidden);
+        let (xg, xc) = p.tensors(&x, hidden);
+        let (mut sg, mut sc) = p.outputs(n, hidden);
+        p.gpu.select_outputs(&xg, &mut sg).unwrap();
+        p.cpu.select_outputs(&xc, &mut sc).unwrap();
+        p.same("selected rows", (&sg, &sc), outputs, 1e-9);
+        p.gpu.head(&hg, &sg, true).unwrap();
+        p.cpu.head(&hc, &sc, true).unwrap();
+        let (mut lg, mut lc) = (vec![], vec![]);
+        p.gpu.read_logits(&mut lg).unwrap();
+        p.cpu.read_logits(&mut lc).unwrap();
+        close("logits", &lg, &lc, 1e-5);
+        let mut best = vec![];
+        p.gpu.read_best(&mut best).unwrap();
+        assert_eq!(best.len(), outputs);
+        for (row, (value, index)) in lg.chunks(vocab).zip(best) {
+            let first = row.iter().enumerate().fold(0, |b, (i, &v)| if v > row[b] { i } else { b });
+            assert_eq!((index as usize, value), (first, row[first]));
+        }
+    }
+}
+
+#[test]
+fn routers_and_experts() {
+    let Some(mut p) = pair() else { return };
+    let moe = |experts, top_k, width, shared_width, groups, top_groups, scoring| Moe {
+        experts,
+        top_k,
+        width,
+        shared_width,
+        scoring,
+        groups,
+        top_groups,
+        normalise: scoring == Scoring::NoAuxTc,
+        scale: 1.8,
+    };
+    for (moe, hidden) in [
+        (moe(8, 2, 128, 128, 1, 1, Scoring::NoAuxTc), 256),
+        (moe(64, 4, 96, 96, 1, 1, Scoring::NoAuxTc), 512),
+        (moe(16, 4, 64, 0, 4, 2, Scoring::NoAuxTc), 128),
+        (moe(16, 6, 64, 128, 1, 1, Scoring::SoftmaxGreedy), 128),
+        (moe(32, 3, 40, 24, 8, 3, Scoring::SoftmaxGroupLimited), 120),
+    ] {
+        let gate = p.random.floats(moe.experts * hidden);
+        let (gg, gc) = p.matrices(&gate, hidden);
+        let bias = p.random.floats(moe.experts);
+        let bias = (moe.scoring == Scoring::NoAuxTc).then_some(bias);
+        let bg = bias.as_ref().map(|b| p.gpu.vector(b).unwrap());
+        let bc = bias.as_ref().map(|b| p.cpu.vector(b).unwrap());
+        let widths: Vec<usize> =
+            (0..moe.experts).map(|_| moe.width).chain((moe.shared_width > 0).then_some(moe.shared_width)).collect();
+        let scaled = |p: &mut Pair, n: usize| -> Vec<u16> {
+            (0..n).map(|_| half::bf16::from_f32(p.random.float() * 0.1).to_bits()).collect()
+        };
+        let ups: Vec<Vec<u16>> = widths.iter().map(|w| scaled(&mut p, 2 * w * hidden)).collect();
+        let downs: Vec<Vec<u16>> = widths.iter().map(|w| scaled(&mut p, w * hidden)).collect();
+        let rows = |all: &[Vec<u16>], each: &dyn Fn(usize) -> usize| -> Vec<Vec<HostRows<'static>>> {
+            let leak = |v: &Vec<u16>| -> &'static [u16] { Vec::leak(v.clone()) };
+            all.iter().enumerate().map(|(e, v)| vec![HostRows::Bf16(leak(v), each(e))]).collect()
+        };
+        let (up_rows, down_rows) = (rows(&ups, &|_| hidden), rows(&downs, &|e| widths[e]));
+        let ec = p.cpu.experts_of(&up_rows, &down_rows, &moe).unwrap();
+        let eg = p.gpu.experts_of(&ups, &downs, hidden, &moe).unwrap();
+        for n in [1, 2, 7, 16, 20, 65, 300] {
+            let spans: Vec<_> = if n <= 20 { vec![(1, 1); n] } else { vec![(n, n)] };
+            let batch = p.random.batch(&spans);
+            p.begin(&batch);
+            let x = p.random.floats(n * hidden);
+            let (xg, xc) = p.tensors(&x, hidden);
+            let mut rg = p.gpu.routing(n, &moe).unwrap();
+            let mut rc = p.cpu.routing(n, &moe).unwrap();
+            p.gpu.route(&moe, &gg, bg.as_ref(), &xg, &mut rg).unwrap();
+            p.cpu.route(&moe, &gc, bc.as_ref(), &xc, &mut rc).unwrap();
+            let (ids, weights) = p.gpu.read_routing(&rg, n).unwrap();
+            for r in 0..n {
+                let at = r * moe.top_k..(r + 1) * moe.top_k;
+                let (ids_c, weights_c) = rc.row(r);
+                let sorted = |ids: &[u32], w: &[f32]| {
+                    let mut all: Vec<(u32, f32)> = ids.iter().copied().zip(w.iter().copied()).collect();
+                    all.sort_by_key(|a| a.0);
+                    all
+                };
+                let (g, c) = (sorted(&ids[at.clone()], &weights[at]), sorted(ids_c, weights_c));
+                assert_eq!(g.iter().map(|x| x.0).collect::<Vec<_>>(), c.iter().map(|x| x.0).collect::<Vec<_>>());
+                for (g, c) in g.iter().zip(&c) {
+                    assert!((g.1 - c.1).abs() < 1e-4 * c.1.abs().max(1e-3), "weight {} should be {}", g.1, c.1);
+                }
+            }
+            let (mut og, mut oc) = p.outputs(n, hidden);
+            p.gpu.moe(&eg, &rg, &xg, &mut og).unwrap();
+            p.cpu.moe(&ec, &rc, &xc, &mut oc).unwrap();
+            p.same(&format!("{} experts of {n} rows", moe.experts), (&og, &oc), n, 1e-2);
+        }
+    }
+}
+
+#[test]
+fn made_up_weights_are_the_hosts() {
+    let Some(p) = pair() else { return };
+    let checkpoint = Checkpoint::dummy();
+    for (rows, cols) in [(0..70, 0..100), (3..9, 5..2050)] {
+        let slice = checkpoint.slice("model.some.weight", &[100, 4096], rows.clone(), cols.clone()).unwrap();
+        let g = p.gpu.matrix(std::slice::from_ref(&slice), Reduction::Whole).unwrap();
+        let mut want = vec![0f32; rows.len() * cols.len()];
+        for (r, out) in want.chunks_mut(cols.len()).enumerate() {
+            slice.read_f32(r, out);
+        }
+        assert_eq!(p.gpu.read_matrix(&g).unwrap(), want);
+    }
+}
