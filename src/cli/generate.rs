@@ -53,9 +53,8 @@ pub fn run(args: Args) -> Result<()> {
 
 fn lead(args: &Args, config: Config, comm: Box<dyn Communicator>) -> Result<()> {
     world::end_on_interrupt()?;
-    let directory = config.model.clone();
     let engine = Engine::start(config, comm)?;
-    let written = answer(args, &engine, &directory);
+    let written = answer(args, &engine, &args.model.model);
     // The ranks are let go whatever became of the answer.
     let stopped = engine.shutdown();
     written.and(stopped)

@@ -26,8 +26,8 @@ const LOADING: Duration = Duration::from_secs(3600);
 /// How to start an engine. The same on every rank.
 #[derive(Clone)]
 pub struct Config {
-    /// The checkpoint's directory.
-    pub model: PathBuf,
+    /// Where the model comes from.
+    pub model: Source,
     /// The path, or `None` for the cost model's choice.
     pub path: Option<Path>,
     /// Sequences running at once.
@@ -70,11 +70,20 @@ pub enum Device {
     Cuda,
 }
 
+/// Where a model comes from.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// A checkpoint's directory.
+    Checkpoint(PathBuf),
+    /// Made-up weights of a given shape, for benchmarks.
+    Dummy(Box<ModelConfig>),
+}
+
 impl Config {
     /// Defaults for a checkpoint.
     pub fn new(model: impl Into<PathBuf>) -> Config {
         Config {
-            model: model.into(),
+            model: Source::Checkpoint(model.into()),
             path: None,
             max_sequences: 64,
             max_waiting: 256,
@@ -125,13 +134,23 @@ pub fn load(config: &Config, comm: &mut Option<Box<dyn Communicator>>) -> Result
     };
     c.set_watchdog(LOADING);
     let shard = Shard { rank: c.rank(), world: c.world() };
-    let model = ModelConfig::load(&config.model)?;
-    let gpus = gpus(config, &mut **c)?;
-    let (path, path_reason) = choose(config, &model, shard.world, c.local().1, gpus.first())?;
+    let model = match &config.model {
+        Source::Checkpoint(directory) => ModelConfig::load(directory)?,
+        Source::Dummy(model) => (**model).clone(),
+    };
+    let (path, path_reason) = choose(config, &model, shard.world, c.local().1)?;
     let owned = shard.owned(&model, path)?;
-    let on_host = c.local().1;
-    let wanted_context = config.max_context.unwrap_or(model.max_position).min(model.max_position);
-    let checkpoint = Checkpoint::open(&config.model)?;
+    let layout = Layout::of(&model, &owned);
+    let (on_host, max_context, blocks) = {
+        let local = c.local().1;
+        let wanted_context = config.max_context.unwrap_or(model.max_position).min(model.max_position);
+        let blocks = cache_blocks(config, &model, layout, wanted_context, local);
+        (local, wanted_context.min(blocks * BLOCK), blocks)
+    };
+    let checkpoint = match &config.model {
+        Source::Checkpoint(directory) => Checkpoint::open(directory)?,
+        Source::Dummy(_) => Checkpoint::dummy(),
+    };
     agree(&mut **c, "world size", shard.world as u64)?;
     agree(&mut **c, "checkpoint", checkpoint.fingerprint())?;
     agree(&mut **c, "path", path as u64)?;
