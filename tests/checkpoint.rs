@@ -187,7 +187,7 @@ fn the_fingerprint_follows_configuration_and_headers_but_not_the_place() {
 
 #[test]
 fn made_up_weights_are_the_same_in_every_slice_and_look_like_weights() {
-    let dummy = Checkpoint::dummy();
+    let dummy = Checkpoint::dummy(0);
     assert!(dummy.has("anything", true) && !dummy.has("anything", false));
     assert!(dummy.names().is_empty() && dummy.unclaimed().is_empty());
     let (mut whole, mut part) = (vec![0u16; 1001], vec![0u16; 500]);

@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use crate::cache::Layout;
 use crate::checkpoint::Slice;
-use crate::config::{Moe, Rope};
+use crate::config::{ModelConfig, Moe, Rope};
 use crate::error::Result;
+use crate::model::shard::Owned;
 
 /// The tokens of one step, the same on every rank. Rows of one sequence are consecutive.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -266,6 +267,20 @@ pub trait Backend: Send + Sized {
     ) -> Result<()>;
     /// `out = silu(gate)·up`: `gate_up` `[rows, 2·width]`, gate first → `out` `[rows, width]`
     fn silu_mul(&self, gate_up: &Self::Tensor, width: usize, out: &mut Self::Tensor) -> Result<()>;
+    /// The first half of a gated MLP: `out = silu(gate)·up` of `x·gate_upᵀ (+ bias)`; `gate_up` may hold what stands
+    /// between. `weight` `[2·width, in]`, gate rows first → `out` `[rows, width]`
+    fn gated(
+        &self,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        x: View<Self::Tensor>,
+        width: usize,
+        gate_up: &mut Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.linear(weight, bias, x, gate_up)?;
+        self.silu_mul(gate_up, width, out)
+    }
     /// Scores every expert in f32 and chooses. `x` `[rows, hidden]`, `gate` `[experts, hidden]`, `bias` `[experts]`.
     fn route(
         &self,
@@ -297,6 +312,21 @@ pub trait Backend: Send + Sized {
 
     /// Copies the first `rows` rows to the host as f32 (tests, hidden states).
     fn read(&self, x: &Self::Tensor, rows: usize) -> Result<Vec<f32>>;
+    /// Blocks of the cache that fit beside the weights in `utilization` (0 to 1) of the memory there is; `wanted` at most.
+    fn fitting_blocks(&self, model: &ModelConfig, owned: &Owned, wanted: usize, utilization: f64) -> Result<usize>;
+    /// Waits until everything enqueued is done.
+    fn synchronize(&mut self) -> Result<()>;
+    /// The device, in words.
+    fn describe(&self) -> String;
+    /// Bytes of a cached element.
+    fn cache_element(&self) -> usize;
+    /// For benchmarks: fills a cache with made-up values, which depend on `seed`.
+    fn fill_cache(&self, cache: &mut Self::Cache, seed: u64) -> Result<()>;
+    /// For benchmarks: activations of made-up values.
+    fn noise_tensor(&self, rows: usize, cols: usize, seed: u64) -> Result<Self::Tensor>;
+    /// For benchmarks: the device's memory bandwidth in bytes a second, measured now: a large copy, bytes read and written
+    /// (GPU), or a large read (CPU).
+    fn bandwidth(&mut self) -> Result<f64>;
     /// Time spent waiting in all-reduces since the last call.
     fn reduce_time(&mut self) -> Duration;
     /// The communicator that the control plane also uses.

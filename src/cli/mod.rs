@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand, each with its `Args` and a `run`.
 
+mod bench;
 mod generate;
 mod plan;
 mod score;
@@ -58,6 +59,8 @@ enum Command {
     Score(score::Args),
     /// Serve a model over HTTP in OpenAI's wire format
     Serve(Box<serve::Args>),
+    /// Measure this machine: attention, all-reduce, decode steps, scaling
+    Bench(bench::Args),
     /// What a decode step costs on each path, and which path to take; needs no checkpoint and no GPU.
     Plan(plan::Args),
 }
@@ -70,6 +73,7 @@ pub fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
         Command::Serve(args) => serve::run(*args),
+        Command::Bench(args) => bench::run(args),
         Command::Plan(args) => plan::run(args),
     };
     match done {

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::backend::cuda::AllReduce;
 use crate::comm::Communicator;
-use crate::engine::setup::{Config, Device};
+use crate::engine::setup::{AllReduce, Config, Device, DeviceOptions};
 use crate::engine::{self};
 use crate::error::{Error, Result};
 use crate::model::shard::Path;
@@ -36,6 +36,7 @@ pub enum DeviceChoice {
     Cuda,
 }
 
+<<<<<<< HEAD
 /// How GPUs sum over the ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum AllReduceChoice {
@@ -45,6 +46,16 @@ pub enum AllReduceChoice {
     Nccl,
     /// Every rank pushes to all others, where a step's rows fit
     OneShot,
+=======
+impl From<DeviceChoice> for Device {
+    fn from(choice: DeviceChoice) -> Device {
+        match choice {
+            DeviceChoice::Auto => Device::Auto,
+            DeviceChoice::Cpu => Device::Cpu,
+            DeviceChoice::Cuda => Device::Cuda,
+        }
+    }
+>>>>>>> ec238cb (gqla bench: attention, all-reduce, decode, scaling)
 }
 
 /// Flags of every command that runs a model.
@@ -59,6 +70,15 @@ pub struct ModelArgs {
     /// The device
     #[arg(long, value_enum, default_value = "auto")]
     pub device: DeviceChoice,
+    /// How ranks on GPUs sum
+    #[arg(long, value_enum, default_value = "auto")]
+    pub all_reduce: AllReduce,
+    /// Let several ranks have one GPU and sum through the host's memory: for tests and demonstrations
+    #[arg(long)]
+    pub share_gpus: bool,
+    /// Part of a GPU's memory that weights, workspace and cache may take
+    #[arg(long, value_name = "PART", default_value_t = 0.9, value_parser = part)]
+    pub gpu_memory_utilization: f64,
     /// Ranks, when not started by mpirun: starts mpirun itself
     #[arg(long, value_name = "W", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub tp: Option<u32>,
@@ -88,8 +108,19 @@ pub struct ModelArgs {
     pub watchdog: f64,
 }
 
+<<<<<<< HEAD
 /// A number of seconds on the command line.
 pub fn seconds(text: &str) -> std::result::Result<f64, String> {
+=======
+fn part(text: &str) -> std::result::Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
+        _ => Err("must be above 0 and at most 1".into()),
+    }
+}
+
+fn seconds(text: &str) -> std::result::Result<f64, String> {
+>>>>>>> ec238cb (gqla bench: attention, all-reduce, decode, scaling)
     let value: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of seconds"))?;
     if (0.1..=86_400.0).contains(&value) { Ok(value) } else { Err("must be between 0.1 and 86400".into()) }
 }
@@ -108,11 +139,13 @@ impl ModelArgs {
             PathChoice::Gqa => Some(Path::Gqa),
             PathChoice::Absorb => Some(Path::Absorb),
         };
-        config.device = match self.device {
-            DeviceChoice::Auto => Device::Auto,
-            DeviceChoice::Cpu => Device::Cpu,
-            DeviceChoice::Cuda => Device::Cuda,
+        config.device = DeviceOptions {
+            device: self.device.into(),
+            all_reduce: self.all_reduce,
+            share_gpus: self.share_gpus,
+            ..DeviceOptions::default()
         };
+<<<<<<< HEAD
         config.gpu_memory_utilization = self.gpu_memory_utilization;
         config.share_gpus = self.share_gpus;
         config.all_reduce = match self.all_reduce {
@@ -120,6 +153,9 @@ impl ModelArgs {
             AllReduceChoice::Nccl => AllReduce::Nccl,
             AllReduceChoice::OneShot => AllReduce::OneShot,
         };
+=======
+        config.memory_utilization = self.gpu_memory_utilization;
+>>>>>>> ec238cb (gqla bench: attention, all-reduce, decode, scaling)
         config.threads = self.threads.map(|t| t as usize);
         config.max_context = self.max_context.map(|c| c as usize);
         config.cache_tokens = self.cache_tokens.map(|c| c as usize);

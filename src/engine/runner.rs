@@ -18,6 +18,8 @@ pub trait Run: Send {
     fn reduce_time(&mut self) -> Duration;
     /// What the caches of all layers really take, in bytes.
     fn cache_bytes(&self) -> usize;
+    /// For benchmarks: the device's memory bandwidth, measured now.
+    fn bandwidth(&mut self) -> Result<f64>;
     /// The clean end: every rank comes here last.
     fn finish(self: Box<Self>) -> Result<()>;
 }
@@ -61,7 +63,8 @@ impl<B: Backend> Runner<B> {
     /// Every rank's best of its vocabulary rows, compared everywhere; ties go to the lower token.
     fn gather_best(&mut self) -> Result<()> {
         self.model.argmax(&mut self.backend, &mut self.best)?;
-        let world = self.model.owned.shard.world;
+        // A benchmark may hold one rank's shard of a world that is not there.
+        let world = self.backend.comm().world();
         self.send.clear();
         for (value, index) in &self.best {
             let token = *index + self.model.owned.vocab.start as u32;
@@ -120,7 +123,7 @@ impl<B: Backend> Runner<B> {
     }
 }
 
-impl<B: Backend> Run for Runner<B> {
+impl<B: Backend + 'static> Run for Runner<B> {
     fn execute(&mut self, step: &Step) -> Result<&Outputs> {
         let batch = self.tables.batch(step)?;
         self.outputs.best.clear();
@@ -145,6 +148,10 @@ impl<B: Backend> Run for Runner<B> {
 
     fn cache_bytes(&self) -> usize {
         self.model.cache_bytes(&self.backend)
+    }
+
+    fn bandwidth(&mut self) -> Result<f64> {
+        self.backend.bandwidth()
     }
 
     fn finish(self: Box<Self>) -> Result<()> {

@@ -1,9 +1,11 @@
 //! Rank 0's other way to drive the ranks: every logit of given token lists, for comparison and perplexity.
 
+use std::time::Duration;
+
 use crate::cache::BLOCK;
 use crate::comm::Communicator;
 use crate::engine::message::{Message, Step, StepSpan, Want};
-use crate::engine::runner::Run;
+use crate::engine::runner::{Outputs, Run};
 use crate::engine::setup::{self, Config, Info};
 use crate::error::{Error, Result};
 
@@ -54,23 +56,38 @@ impl Scorer {
                 keep,
                 blocks: (keep..end.div_ceil(BLOCK) as u32).collect(),
             };
-            self.number = self.number.wrapping_add(1);
-            let step = Step {
-                number: self.number,
+            let outputs = self.step(Step {
                 want: Want::Logits,
                 spans: vec![span],
                 tokens: chunk.to_vec(),
                 outputs: (0..chunk.len() as u32).collect(),
-            };
-            let step = self.tell(Message::Step(step))?;
-            if let Message::Step(step) = step {
-                let outputs = self.runner.execute(&step)?;
-                for (row, logits) in outputs.logits.chunks_exact(vocab).enumerate() {
-                    visit(first + row, logits);
-                }
+                ..Step::default()
+            })?;
+            for (row, logits) in outputs.logits.chunks_exact(vocab).enumerate() {
+                visit(first + row, logits);
             }
         }
         Ok(())
+    }
+
+    /// Runs one step of the caller's making on all ranks; its number is set here.
+    pub fn step(&mut self, mut step: Step) -> Result<&Outputs> {
+        self.number = self.number.wrapping_add(1);
+        step.number = self.number;
+        match self.tell(Message::Step(step))? {
+            Message::Step(step) => self.runner.execute(&step),
+            _ => Err(Error::Internal("a step is a step".into())),
+        }
+    }
+
+    /// Time spent in all-reduces since the last call.
+    pub fn reduce_time(&mut self) -> Duration {
+        self.runner.reduce_time()
+    }
+
+    /// For benchmarks: the device's memory bandwidth in bytes a second, measured now.
+    pub fn bandwidth(&mut self) -> Result<f64> {
+        self.runner.bandwidth()
     }
 
     /// Lets the other ranks go.

@@ -5,8 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::Backend;
+<<<<<<< HEAD
 use crate::backend::cpu::{CpuBackend, fair_threads};
 use crate::backend::cuda::{self, AllReduce, CudaBackend, CudaOptions};
+=======
+use crate::backend::cpu::{CpuBackend, available_memory, fair_threads};
+>>>>>>> ec238cb (gqla bench: attention, all-reduce, decode, scaling)
 use crate::cache::{BLOCK, Layout};
 use crate::checkpoint::Checkpoint;
 use crate::comm::{Communicator, agree};
@@ -40,6 +44,12 @@ pub struct Config {
     pub share_prefixes: bool,
     /// Longest context; `None` takes the model's, as far as the cache goes.
     pub max_context: Option<usize>,
+    /// The device, and how ranks sum. Its sizes are set from what is below.
+    pub device: DeviceOptions,
+    /// Part of the device's memory that may be used: of a GPU's, or of what a CPU host has free.
+    pub memory_utilization: f64,
+    /// For benchmarks: load one rank's shard of this many ranks, without the others.
+    pub shard_of: Option<usize>,
     /// Tokens the cache holds on every rank; `None` takes what memory allows, up to every sequence at full context.
     pub cache_tokens: Option<usize>,
     /// Threads of a CPU rank; `None` shares the host's cores among its ranks.
@@ -75,8 +85,94 @@ pub enum Device {
 pub enum Source {
     /// A checkpoint's directory.
     Checkpoint(PathBuf),
-    /// Made-up weights of a given shape, for benchmarks.
-    Dummy(Box<ModelConfig>),
+    /// Made-up weights and cache of a given shape, for benchmarks.
+    Dummy(Box<ModelConfig>, Routing),
+}
+
+/// Which experts made-up routers choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Routing {
+    /// Every token its own.
+    Balanced,
+    /// All tokens the same ones.
+    Same,
+}
+
+/// The device to compute on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Device {
+    /// A GPU where there is one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU, or an error.
+    Cuda,
+}
+
+/// How ranks on GPUs sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum AllReduce {
+    /// One-shot for small messages, NCCL for the others
+    #[default]
+    Auto,
+    /// NCCL
+    Nccl,
+    /// Peer memory, in one step, fused with the norm that follows
+    OneShot,
+}
+
+/// What a device is made ready for.
+#[derive(Debug, Clone)]
+pub struct DeviceOptions {
+    /// Which device.
+    pub device: Device,
+    /// Tokens a step.
+    pub max_rows: usize,
+    /// Sequences a step.
+    pub max_sequences: usize,
+    /// Longest context.
+    pub max_context: usize,
+    /// Width of the residual stream, which the all-reduces have.
+    pub hidden: usize,
+    /// Threads of a CPU rank; `None` shares the host's cores among its ranks.
+    pub threads: Option<usize>,
+    /// How ranks on GPUs sum.
+    pub all_reduce: AllReduce,
+    /// Several ranks may have one GPU.
+    pub share_gpus: bool,
+    /// Bound of a step's wait for other ranks.
+    pub watchdog: Duration,
+}
+
+impl Default for DeviceOptions {
+    fn default() -> DeviceOptions {
+        DeviceOptions {
+            device: Device::Auto,
+            max_rows: 512,
+            max_sequences: 64,
+            max_context: 8192,
+            hidden: 0,
+            threads: None,
+            all_reduce: AllReduce::Auto,
+            share_gpus: false,
+            watchdog: crate::comm::WATCHDOG,
+        }
+    }
+}
+
+/// Something to do with whatever device there is.
+pub trait Task {
+    /// What it gives.
+    type Out;
+    /// Does it.
+    fn run<B: Backend + 'static>(self, backend: B) -> Result<Self::Out>;
+}
+
+/// Does `task` on the device that `options` choose.
+pub fn with_device<T: Task>(options: &DeviceOptions, comm: Box<dyn Communicator>, task: T) -> Result<T::Out> {
+    let threads = options.threads.unwrap_or_else(|| fair_threads(comm.local().1));
+    task.run(CpuBackend::new(comm, threads)?)
 }
 
 impl Config {
@@ -90,6 +186,9 @@ impl Config {
             step_tokens: 512,
             share_prefixes: true,
             max_context: None,
+            device: DeviceOptions::default(),
+            memory_utilization: 0.9,
+            shard_of: None,
             cache_tokens: None,
             threads: None,
             watchdog: Duration::from_secs(30),
@@ -119,6 +218,8 @@ pub struct Info {
     pub blocks: usize,
     /// Bytes of cache a token takes on each rank, counted from the allocation, all layers.
     pub cache_bytes_per_token: usize,
+    /// Bytes of a cached element.
+    pub element: usize,
     /// Tokens a step.
     pub step_tokens: usize,
     /// Longest context, prompt and generation together.
@@ -127,37 +228,44 @@ pub struct Info {
     pub device: String,
 }
 
-/// Loads a rank. `comm` is taken once the backend owns it; on an error before that it is still there to abort with.
+/// Loads a rank. `comm` is taken once the device owns it; on an error before that it is still there to abort with.
 pub fn load(config: &Config, comm: &mut Option<Box<dyn Communicator>>) -> Result<(Box<dyn Run>, Info)> {
     let Some(c) = comm.as_mut() else {
         return Err(Error::Internal("a rank is loaded once".into()));
     };
+    // Ranks may read their weights at very different speeds.
     c.set_watchdog(LOADING);
-    let shard = Shard { rank: c.rank(), world: c.world() };
+    let (rank, ranks) = (c.rank(), c.world());
+    let shard = Shard { rank, world: config.shard_of.unwrap_or(ranks) };
     let model = match &config.model {
         Source::Checkpoint(directory) => ModelConfig::load(directory)?,
-        Source::Dummy(model) => (**model).clone(),
+        Source::Dummy(model, _) => (**model).clone(),
     };
     let (path, path_reason) = choose(config, &model, shard.world, c.local().1)?;
     let owned = shard.owned(&model, path)?;
-    let layout = Layout::of(&model, &owned);
-    let (on_host, max_context, blocks) = {
-        let local = c.local().1;
-        let wanted_context = config.max_context.unwrap_or(model.max_position).min(model.max_position);
-        let blocks = cache_blocks(config, &model, layout, wanted_context, local);
-        (local, wanted_context.min(blocks * BLOCK), blocks)
-    };
     let checkpoint = match &config.model {
         Source::Checkpoint(directory) => Checkpoint::open(directory)?,
-        Source::Dummy(_) => Checkpoint::dummy(),
+        Source::Dummy(_, Routing::Balanced) => Checkpoint::dummy(0),
+        Source::Dummy(_, Routing::Same) => Checkpoint::dummy(model.moe.as_ref().map_or(0, |moe| moe.top_k)),
     };
-    agree(&mut **c, "world size", shard.world as u64)?;
+    agree(&mut **c, "world size", ranks as u64)?;
     agree(&mut **c, "checkpoint", checkpoint.fingerprint())?;
     agree(&mut **c, "path", path as u64)?;
     agree(&mut **c, "step size", config.step_tokens as u64)?;
+    let max_context = config.max_context.unwrap_or(model.max_position).min(model.max_position);
+    let options = DeviceOptions {
+        max_rows: config.step_tokens,
+        max_sequences: config.max_sequences,
+        max_context,
+        hidden: model.hidden,
+        threads: config.threads,
+        watchdog: config.watchdog,
+        ..config.device.clone()
+    };
     let Some(c) = comm.take() else {
         return Err(Error::Internal("a rank is loaded once".into()));
     };
+<<<<<<< HEAD
     let ready = Ready { config, model, checkpoint, owned, path_reason, context: wanted_context };
     if gpus.is_empty() {
         let threads = config.threads.unwrap_or_else(|| fair_threads(on_host));
@@ -187,95 +295,87 @@ pub fn load(config: &Config, comm: &mut Option<Box<dyn Communicator>>) -> Result
         Err(e) => {
             backend.comm().abort(e.exit_code(), &e.to_string());
             Err(e)
+=======
+    with_device(&options, c, Loading { config, model, path_reason, owned, checkpoint, max_context })
+}
+
+/// What is known of a rank before its device is.
+struct Loading<'a> {
+    config: &'a Config,
+    model: ModelConfig,
+    path_reason: String,
+    owned: Owned,
+    checkpoint: Checkpoint,
+    max_context: usize,
+}
+
+impl Task for Loading<'_> {
+    type Out = (Box<dyn Run>, Info);
+
+    fn run<B: Backend + 'static>(self, mut backend: B) -> Result<Self::Out> {
+        match self.weights(&mut backend) {
+            Ok((model, info)) => Ok((Box::new(Runner::new(backend, model)), info)),
+            Err(e) => {
+                // The caller can no longer reach the communicator, so the other ranks are told here.
+                if backend.comm().world() > 1 {
+                    backend.comm().abort(e.exit_code(), &e.to_string());
+                }
+                Err(e)
+            }
+>>>>>>> ec238cb (gqla bench: attention, all-reduce, decode, scaling)
         }
     }
 }
 
-/// A rank that knows what to load.
-struct Ready<'a> {
-    config: &'a Config,
-    model: ModelConfig,
-    checkpoint: Checkpoint,
-    owned: Owned,
-    path_reason: String,
-    /// Longest context wanted.
-    context: usize,
-}
-
-impl Ready<'_> {
-    /// Loads the model on `backend`, which has room for `blocks` cache blocks.
-    fn load<B: Backend + 'static>(self, mut backend: B, blocks: usize, device: String) -> Result<(Box<dyn Run>, Info)> {
-        let result = self.load_on(&mut backend, blocks);
-        let (loaded, blocks, max_context) = match result {
-            Ok(loaded) => loaded,
-            Err(e) => {
-                // The caller can no longer reach the communicator, so the other ranks are told here.
-                backend.comm().abort(e.exit_code(), &e.to_string());
-                return Err(e);
-            }
+impl Loading<'_> {
+    fn weights<B: Backend>(self, backend: &mut B) -> Result<(Model<B>, Info)> {
+        let Loading { config, model, path_reason, owned, checkpoint, max_context } = self;
+        let wanted = match config.cache_tokens {
+            Some(tokens) => tokens.div_ceil(BLOCK).max(1),
+            None => max_context.div_ceil(BLOCK) * config.max_sequences,
         };
-        let info = Info {
-            path: self.owned.path,
-            path_reason: self.path_reason,
-            world: self.owned.shard.world,
-            layout: loaded.layout,
-            blocks,
-            cache_bytes_per_token: loaded.cache_bytes(&backend) / (blocks * BLOCK).max(1),
-            step_tokens: self.config.step_tokens,
-            max_context,
-            device,
-            model: self.model,
-        };
-        Ok((Box::new(Runner::new(backend, loaded)), info))
-    }
-
-    fn load_on<B: Backend>(&self, backend: &mut B, blocks: usize) -> Result<(Model<B>, usize, usize)> {
-        let blocks = least(backend.comm(), blocks)?;
-        let max_context = self.context.min(blocks * BLOCK);
+        let fits = backend.fitting_blocks(&model, &owned, wanted, config.memory_utilization)?;
+        if config.cache_tokens.is_some() && fits < wanted {
+            let (asked, room) = (wanted * BLOCK, fits * BLOCK);
+            return Err(Error::Memory(format!("--cache-tokens {asked} do not fit: there is room for {room} tokens")));
+        }
+        let blocks = least(backend.comm(), fits)?;
+        let max_context = max_context.min(blocks * BLOCK);
         let progress = |done: usize, of: usize| {
-            if let Some(p) = &self.config.progress {
+            if let Some(p) = &config.progress {
                 p(done, of);
             }
         };
-        let (model, rows) = (&self.model, self.config.step_tokens);
-        let loaded = Model::load(backend, &self.checkpoint, model, &self.owned, blocks, rows, max_context, &progress)?;
-        backend.loaded();
+        let rows = config.step_tokens;
+        let mut loaded = Model::load(backend, &checkpoint, &model, &owned, blocks, rows, max_context, &progress)?;
+        if matches!(config.model, Source::Dummy(..)) {
+            loaded.fill_caches(backend)?;
+        }
         backend.comm().barrier()?;
-        backend.comm().set_watchdog(self.config.watchdog);
-        Ok((loaded, blocks, max_context))
+        backend.comm().set_watchdog(config.watchdog);
+        let info = Info {
+            path: owned.path,
+            path_reason,
+            world: backend.comm().world(),
+            layout: Layout::of(&model, &owned),
+            blocks,
+            cache_bytes_per_token: loaded.cache_bytes(backend) / (blocks * BLOCK).max(1),
+            element: backend.cache_element(),
+            step_tokens: config.step_tokens,
+            max_context,
+            device: backend.describe(),
+            model,
+        };
+        Ok((loaded, info))
     }
 }
 
-/// The smallest cache decides: rank 0 hands out the same blocks everywhere.
-fn least(comm: &mut dyn Communicator, blocks: usize) -> Result<usize> {
+/// The smallest of the ranks' values: rank 0 hands out the same blocks everywhere.
+fn least(comm: &mut dyn Communicator, mine: usize) -> Result<usize> {
     let mut all = vec![0; 8 * comm.world()];
-    comm.all_gather(&(blocks as u64).to_le_bytes(), &mut all)?;
-    let least = all.chunks_exact(8).map(|b| u64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])).min();
-    Ok(least.map_or(blocks, |b| b as usize))
-}
-
-/// The GPUs of this rank's host, or none where the CPU computes. Every rank decides alike.
-fn gpus(config: &Config, comm: &mut dyn Communicator) -> Result<Vec<cuda::GpuInfo>> {
-    if config.device == Device::Cpu {
-        return Ok(vec![]);
-    }
-    let found = cuda::available();
-    if config.device == Device::Cuda {
-        return found;
-    }
-    let (local, _) = comm.local();
-    let mine = match &found {
-        Ok(gpus) => config.share_gpus || local < gpus.len(),
-        Err(_) => false,
-    };
-    if least(comm, usize::from(mine))? == 1 {
-        return found;
-    }
-    if let (Ok(_), true) | (Err(_), true) = (&found, comm.rank() == 0) {
-        let why = found.err().map_or_else(|| "some rank has no GPU of its own".into(), |e| e.to_string());
-        tracing::info!("computing on the CPU: {why}");
-    }
-    Ok(vec![])
+    comm.all_gather(&(mine as u64).to_le_bytes(), &mut all)?;
+    let values = all.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
+    Ok(values.min().map_or(mine, |least| least as usize))
 }
 
 /// The path asked for, checked against the world size, or the cost model's.
@@ -305,22 +405,4 @@ fn choose(
     };
     let choice = plan::choose(model, &hardware, world, &load)?;
     Ok((choice.path, choice.reason))
-}
-
-/// Blocks of a CPU rank: every sequence at full context, within a quarter of the host's free memory shared by its ranks.
-fn cache_blocks(config: &Config, model: &ModelConfig, layout: Layout, context: usize, on_host: usize) -> usize {
-    if let Some(tokens) = config.cache_tokens {
-        return tokens.div_ceil(BLOCK).max(1);
-    }
-    let block_bytes = layout.elements() * 4 * BLOCK * model.layers;
-    let fits = available_memory() / 4 / on_host.max(1) / block_bytes.max(1);
-    (context.div_ceil(BLOCK) * config.max_sequences).min(fits).max(1)
-}
-
-/// Bytes the operating system would give without swapping.
-fn available_memory() -> usize {
-    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|l| l.trim().trim_end_matches("kB").trim().parse::<usize>().ok());
-    kib.map_or(4 << 30, |kib| kib * 1024)
 }

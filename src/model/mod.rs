@@ -237,6 +237,11 @@ impl<B: Backend> Model<B> {
         b.read(&self.act.h, rows)
     }
 
+    /// For benchmarks: fills the caches of all layers with made-up values.
+    pub fn fill_caches(&mut self, b: &B) -> Result<()> {
+        self.caches.iter_mut().enumerate().try_for_each(|(i, cache)| b.fill_cache(cache, i as u64 + 1))
+    }
+
     /// Bytes that the caches of all layers really take on this rank.
     pub fn cache_bytes(&self, b: &B) -> usize {
         self.caches.iter().map(|c| b.cache_bytes(c)).sum()
@@ -252,8 +257,8 @@ fn mlp<'a, B: Backend>(
 ) -> Result<Option<&'a B::Vector>> {
     match weights {
         MlpWeights::Dense { gate_up, gate_up_bias, down, down_bias, width } => {
-            b.linear(gate_up, gate_up_bias.as_ref(), View::new(&a.h, 0, config.hidden), &mut a.gate_up)?;
-            b.silu_mul(&a.gate_up, *width, &mut a.gated)?;
+            let h = View::new(&a.h, 0, config.hidden);
+            b.gated(gate_up, gate_up_bias.as_ref(), h, *width, &mut a.gate_up, &mut a.gated)?;
             b.linear(down, None, View::new(&a.gated, 0, *width), &mut a.partial)?;
             Ok(down_bias.as_ref())
         }

@@ -31,6 +31,11 @@ pub struct Cache {
 }
 
 impl Cache {
+    /// All elements, in whatever order they are kept.
+    pub(super) fn data_mut(&mut self) -> &mut [f32] {
+        &mut self.data
+    }
+
     pub(super) fn new(layout: Layout, blocks: usize) -> Result<Cache> {
         let elements = (layout.elements() * BLOCK)
             .checked_mul(blocks)

@@ -31,8 +31,9 @@ use crate::backend::{AttentionShape, Backend, Batch, ExpertSlices, Reduction, Vi
 use crate::cache::{BLOCK, Layout};
 use crate::checkpoint::Slice;
 use crate::comm::Communicator;
-use crate::config::{Moe, Rope};
+use crate::config::{ModelConfig, Moe, Rope};
 use crate::error::{Error, Result};
+use crate::model::shard::Owned;
 
 /// Threads for one of `ranks_on_host` ranks: the cores this process may use, shared evenly, at least 1.
 pub fn fair_threads(ranks_on_host: usize) -> usize {
@@ -503,6 +504,43 @@ impl Backend for CpuBackend {
         std::mem::take(&mut self.reducing)
     }
 
+    fn fitting_blocks(&self, model: &ModelConfig, owned: &Owned, wanted: usize, utilization: f64) -> Result<usize> {
+        let block = Layout::of(model, owned).elements() * self.cache_element() * BLOCK * model.layers;
+        let hidden_and_head = 2 * owned.vocab.len() * model.hidden * 2;
+        // Weights are read after this: a quarter of what is free leaves them room.
+        let share = available_memory() as f64 * utilization / 4.0 / self.comm.local().1 as f64;
+        let fits = (share as usize).saturating_sub(hidden_and_head) / block.max(1);
+        Ok(wanted.min(fits.max(1)))
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn describe(&self) -> String {
+        let threads = self.threads();
+        format!("CPU ({:?}, {threads} thread{} a rank)", self.isa, if threads == 1 { "" } else { "s" })
+    }
+
+    fn cache_element(&self) -> usize {
+        4
+    }
+
+    fn fill_cache(&self, cache: &mut Cache, seed: u64) -> Result<()> {
+        noise(seed, cache.data_mut());
+        Ok(())
+    }
+
+    fn noise_tensor(&self, rows: usize, cols: usize, seed: u64) -> Result<Tensor> {
+        let mut tensor = self.tensor(rows, cols)?;
+        noise(seed, tensor.data_mut());
+        Ok(tensor)
+    }
+
+    fn bandwidth(&mut self) -> Result<f64> {
+        read_bandwidth(self.threads(), 1 << 30)
+    }
+
     fn comm(&mut self) -> &mut dyn Communicator {
         &mut *self.comm
     }
@@ -542,4 +580,20 @@ fn check_batch(batch: &Batch) -> Result<()> {
         return refuse(format!("spans cover {next} of {rows} rows, or whose outputs are beyond them"));
     }
     Ok(())
+}
+
+/// Values between -1 and 1 that depend on `seed` and their place: a multiplicative hash, its top bits.
+fn noise(seed: u64, out: &mut [f32]) {
+    for (i, out) in out.iter_mut().enumerate() {
+        let hash = (seed.wrapping_mul(0x9E37_79B9) ^ i as u64).wrapping_mul(0xD6E8_FEB8_6659_FD93);
+        *out = ((hash >> 40) as f32 / (1u64 << 23) as f32) - 1.0;
+    }
+}
+
+/// Bytes the operating system would give without swapping.
+pub fn available_memory() -> usize {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|l| l.trim().trim_end_matches("kB").trim().parse::<usize>().ok());
+    kib.map_or(4 << 30, |kib| kib * 1024)
 }

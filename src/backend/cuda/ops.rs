@@ -87,8 +87,7 @@ impl CudaBackend {
         if rows == 0 || weight.rows == 0 {
             return Ok(());
         }
-        let aligned = weight.cols.is_multiple_of(32) && x.stride.is_multiple_of(8) && x.at.is_multiple_of(16);
-        if rows > SKINNY || self.gpu.sm() < 90 || !aligned {
+        if !self.is_skinny(weight, x, rows) {
             let product = Product {
                 rows,
                 outs: weight.rows,
@@ -100,21 +99,41 @@ impl CudaBackend {
             };
             return self.matmul.product(product, x.at, weight.memory.at(), bias.map_or(0, |b| b.bf16.at()), out.at);
         }
+        self.skinny("gemv", weight, weight.rows, bias, (x, rows), out, f32_out)
+    }
+
+    /// A product of few rows by our own kernel: `gemv`, or `gemv_gated` of half as many columns.
+    fn skinny(
+        &self,
+        entry: &'static str,
+        weight: &Matrix,
+        columns: usize,
+        bias: Option<&Vector>,
+        (x, rows): (Operand, usize),
+        out: Operand,
+        f32_out: bool,
+    ) -> Result<()> {
         let constants = [("ROWS", rows.next_power_of_two() as i64), ("OUT_F32", i64::from(f32_out))];
-        let f = self.kernels.get(&source::GEMV, "gemv", &constants)?;
+        let f = self.kernels.get(&source::GEMV, entry, &constants)?;
         let [threads, shared, _] = f.exports();
         let a = Gemv(
             weight.memory.at(),
             x.at,
             bias.map_or(0, |b| b.memory.at()),
             out.at,
-            weight.rows as i32,
+            columns as i32,
             weight.cols as i32,
             rows as i32,
             x.stride as i32,
             out.stride as i32,
         );
         self.kernels.launch(f, Launch::new(self.gpu.info.multiprocessors, threads).shared(shared), arguments![a])
+    }
+
+    /// Whether our own kernel streams this product's weights: few rows, Hopper, and vectors of 16 bytes throughout.
+    fn is_skinny(&self, weight: &Matrix, x: Operand, rows: usize) -> bool {
+        let aligned = weight.cols.is_multiple_of(32) && x.stride.is_multiple_of(8) && x.at.is_multiple_of(16);
+        rows <= SKINNY && self.gpu.sm() >= 90 && aligned
     }
 
     fn rows(&self) -> usize {
@@ -482,6 +501,27 @@ impl Backend for CudaBackend {
         let a = SiluMul(gate_up.at(), out.at(), width as i32, gate_up.cols as i32, out.cols as i32);
         let grid = (width.div_ceil(2048), self.rows(), 1);
         self.kernels.launch(f, Launch { grid, block: 256, ..Launch::default() }, arguments![a])
+    }
+
+    fn gated(
+        &self,
+        weight: &Matrix,
+        bias: Option<&Vector>,
+        x: View<Tensor>,
+        width: usize,
+        gate_up: &mut Tensor,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let operand = Operand { at: address(&x), stride: x.tensor.cols };
+        if !self.is_skinny(weight, operand, self.rows()) {
+            self.linear(weight, bias, x, gate_up)?;
+            return self.silu_mul(gate_up, width, out);
+        }
+        expect(x.width == weight.cols && weight.rows == 2 * width && width <= out.cols, || {
+            format!("a gated [{}, {}] product into {} columns", weight.rows, weight.cols, out.cols)
+        })?;
+        let out = Operand { at: out.at(), stride: out.cols };
+        self.skinny("gemv_gated", weight, width, bias, (operand, self.rows()), out, false)
     }
 
     fn route(&self, moe: &Moe, gate: &Matrix, bias: Option<&Vector>, x: &Tensor, routing: &mut Routing) -> Result<()> {
