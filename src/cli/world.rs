@@ -9,7 +9,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::backend::cuda::AllReduce;
 use crate::comm::Communicator;
-use crate::engine::setup::{AllReduce, Config, Device, DeviceOptions};
+use crate::engine::device::{Device, DeviceOptions};
+use crate::engine::setup::Config;
 use crate::engine::{self};
 use crate::error::{Error, Result};
 use crate::model::shard::Path;
@@ -36,7 +37,16 @@ pub enum DeviceChoice {
     Cuda,
 }
 
-<<<<<<< HEAD
+impl From<DeviceChoice> for Device {
+    fn from(choice: DeviceChoice) -> Device {
+        match choice {
+            DeviceChoice::Auto => Device::Auto,
+            DeviceChoice::Cpu => Device::Cpu,
+            DeviceChoice::Cuda => Device::Cuda,
+        }
+    }
+}
+
 /// How GPUs sum over the ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum AllReduceChoice {
@@ -46,16 +56,16 @@ pub enum AllReduceChoice {
     Nccl,
     /// Every rank pushes to all others, where a step's rows fit
     OneShot,
-=======
-impl From<DeviceChoice> for Device {
-    fn from(choice: DeviceChoice) -> Device {
+}
+
+impl From<AllReduceChoice> for AllReduce {
+    fn from(choice: AllReduceChoice) -> AllReduce {
         match choice {
-            DeviceChoice::Auto => Device::Auto,
-            DeviceChoice::Cpu => Device::Cpu,
-            DeviceChoice::Cuda => Device::Cuda,
+            AllReduceChoice::Auto => AllReduce::Auto,
+            AllReduceChoice::Nccl => AllReduce::Nccl,
+            AllReduceChoice::OneShot => AllReduce::OneShot,
         }
     }
->>>>>>> ec238cb (gqla bench: attention, all-reduce, decode, scaling)
 }
 
 /// Flags of every command that runs a model.
@@ -72,7 +82,7 @@ pub struct ModelArgs {
     pub device: DeviceChoice,
     /// How ranks on GPUs sum
     #[arg(long, value_enum, default_value = "auto")]
-    pub all_reduce: AllReduce,
+    pub all_reduce: AllReduceChoice,
     /// Let several ranks have one GPU and sum through the host's memory: for tests and demonstrations
     #[arg(long)]
     pub share_gpus: bool,
@@ -94,24 +104,11 @@ pub struct ModelArgs {
     /// Tokens a step computes at most; longer prompts go in chunks
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub step_tokens: u32,
-    /// The part of a GPU's memory that weights, cache and workspaces may take
-    #[arg(long, value_name = "PART", default_value_t = 0.9, value_parser = part)]
-    pub gpu_memory_utilization: f64,
-    /// How GPUs sum over the ranks
-    #[arg(long, value_enum, default_value = "auto")]
-    pub all_reduce: AllReduceChoice,
-    /// Let several ranks share a GPU and sum through host memory: slow, for tests and demonstrations
-    #[arg(long)]
-    pub share_gpus: bool,
     /// Seconds after which a rank that does not answer ends the job
     #[arg(long, value_name = "SECONDS", default_value_t = 30.0, value_parser = seconds)]
     pub watchdog: f64,
 }
 
-<<<<<<< HEAD
-/// A number of seconds on the command line.
-pub fn seconds(text: &str) -> std::result::Result<f64, String> {
-=======
 fn part(text: &str) -> std::result::Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
@@ -119,15 +116,10 @@ fn part(text: &str) -> std::result::Result<f64, String> {
     }
 }
 
-fn seconds(text: &str) -> std::result::Result<f64, String> {
->>>>>>> ec238cb (gqla bench: attention, all-reduce, decode, scaling)
+/// A number of seconds on the command line.
+pub fn seconds(text: &str) -> std::result::Result<f64, String> {
     let value: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of seconds"))?;
     if (0.1..=86_400.0).contains(&value) { Ok(value) } else { Err("must be between 0.1 and 86400".into()) }
-}
-
-fn part(text: &str) -> std::result::Result<f64, String> {
-    let value: f64 = text.parse().map_err(|_| format!("{text:?} is not a number"))?;
-    if value > 0.0 && value <= 1.0 { Ok(value) } else { Err("must be above 0 and at most 1".into()) }
 }
 
 impl ModelArgs {
@@ -141,21 +133,11 @@ impl ModelArgs {
         };
         config.device = DeviceOptions {
             device: self.device.into(),
-            all_reduce: self.all_reduce,
+            all_reduce: self.all_reduce.into(),
             share_gpus: self.share_gpus,
             ..DeviceOptions::default()
         };
-<<<<<<< HEAD
-        config.gpu_memory_utilization = self.gpu_memory_utilization;
-        config.share_gpus = self.share_gpus;
-        config.all_reduce = match self.all_reduce {
-            AllReduceChoice::Auto => AllReduce::Auto,
-            AllReduceChoice::Nccl => AllReduce::Nccl,
-            AllReduceChoice::OneShot => AllReduce::OneShot,
-        };
-=======
         config.memory_utilization = self.gpu_memory_utilization;
->>>>>>> ec238cb (gqla bench: attention, all-reduce, decode, scaling)
         config.threads = self.threads.map(|t| t as usize);
         config.max_context = self.max_context.map(|c| c as usize);
         config.cache_tokens = self.cache_tokens.map(|c| c as usize);
@@ -195,7 +177,7 @@ fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {
 
 #[cfg(not(feature = "mpi"))]
 fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {
-    let comm = crate::comm::connect()?;
+    let mut comm = crate::comm::connect()?;
     agree_on_tp(&*comm, tp)?;
     Ok(comm)
 }

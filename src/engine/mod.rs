@@ -4,6 +4,7 @@
 //! computes; streams can be read from any thread, blocking or `async`.
 
 pub mod coordinator;
+pub mod device;
 pub mod message;
 pub mod request;
 pub mod runner;

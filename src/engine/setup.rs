@@ -5,16 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::Backend;
-<<<<<<< HEAD
-use crate::backend::cpu::{CpuBackend, fair_threads};
-use crate::backend::cuda::{self, AllReduce, CudaBackend, CudaOptions};
-=======
-use crate::backend::cpu::{CpuBackend, available_memory, fair_threads};
->>>>>>> ec238cb (gqla bench: attention, all-reduce, decode, scaling)
+use crate::backend::cpu::available_memory;
+use crate::backend::cuda::GpuInfo;
 use crate::cache::{BLOCK, Layout};
 use crate::checkpoint::Checkpoint;
 use crate::comm::{Communicator, agree};
 use crate::config::ModelConfig;
+use crate::engine::device::{DeviceOptions, Task, choose as choose_device, least, with_device};
 use crate::engine::runner::{Run, Runner};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -58,26 +55,6 @@ pub struct Config {
     pub watchdog: Duration,
     /// Told while weights are read.
     pub progress: Option<LoadProgress>,
-    /// What computes.
-    pub device: Device,
-    /// The part of a GPU's memory that may be used, 0 to 1.
-    pub gpu_memory_utilization: f64,
-    /// Several ranks may share a GPU, summing through host memory.
-    pub share_gpus: bool,
-    /// How GPUs sum over the ranks.
-    pub all_reduce: AllReduce,
-}
-
-/// What computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Device {
-    /// GPUs where every rank has one, else the CPUs.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// A GPU, or an error.
-    Cuda,
 }
 
 /// Where a model comes from.
@@ -98,83 +75,6 @@ pub enum Routing {
     Same,
 }
 
-/// The device to compute on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Device {
-    /// A GPU where there is one, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// A GPU, or an error.
-    Cuda,
-}
-
-/// How ranks on GPUs sum.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
-pub enum AllReduce {
-    /// One-shot for small messages, NCCL for the others
-    #[default]
-    Auto,
-    /// NCCL
-    Nccl,
-    /// Peer memory, in one step, fused with the norm that follows
-    OneShot,
-}
-
-/// What a device is made ready for.
-#[derive(Debug, Clone)]
-pub struct DeviceOptions {
-    /// Which device.
-    pub device: Device,
-    /// Tokens a step.
-    pub max_rows: usize,
-    /// Sequences a step.
-    pub max_sequences: usize,
-    /// Longest context.
-    pub max_context: usize,
-    /// Width of the residual stream, which the all-reduces have.
-    pub hidden: usize,
-    /// Threads of a CPU rank; `None` shares the host's cores among its ranks.
-    pub threads: Option<usize>,
-    /// How ranks on GPUs sum.
-    pub all_reduce: AllReduce,
-    /// Several ranks may have one GPU.
-    pub share_gpus: bool,
-    /// Bound of a step's wait for other ranks.
-    pub watchdog: Duration,
-}
-
-impl Default for DeviceOptions {
-    fn default() -> DeviceOptions {
-        DeviceOptions {
-            device: Device::Auto,
-            max_rows: 512,
-            max_sequences: 64,
-            max_context: 8192,
-            hidden: 0,
-            threads: None,
-            all_reduce: AllReduce::Auto,
-            share_gpus: false,
-            watchdog: crate::comm::WATCHDOG,
-        }
-    }
-}
-
-/// Something to do with whatever device there is.
-pub trait Task {
-    /// What it gives.
-    type Out;
-    /// Does it.
-    fn run<B: Backend + 'static>(self, backend: B) -> Result<Self::Out>;
-}
-
-/// Does `task` on the device that `options` choose.
-pub fn with_device<T: Task>(options: &DeviceOptions, comm: Box<dyn Communicator>, task: T) -> Result<T::Out> {
-    let threads = options.threads.unwrap_or_else(|| fair_threads(comm.local().1));
-    task.run(CpuBackend::new(comm, threads)?)
-}
-
 impl Config {
     /// Defaults for a checkpoint.
     pub fn new(model: impl Into<PathBuf>) -> Config {
@@ -193,10 +93,6 @@ impl Config {
             threads: None,
             watchdog: Duration::from_secs(30),
             progress: None,
-            device: Device::Auto,
-            gpu_memory_utilization: 0.9,
-            share_gpus: false,
-            all_reduce: AllReduce::Auto,
         }
     }
 }
@@ -241,7 +137,8 @@ pub fn load(config: &Config, comm: &mut Option<Box<dyn Communicator>>) -> Result
         Source::Checkpoint(directory) => ModelConfig::load(directory)?,
         Source::Dummy(model, _) => (**model).clone(),
     };
-    let (path, path_reason) = choose(config, &model, shard.world, c.local().1)?;
+    let device = choose_device(&config.device, &mut **c)?;
+    let (path, path_reason) = choose(config, &model, shard.world, c.local().1, device.gpu())?;
     let owned = shard.owned(&model, path)?;
     let checkpoint = match &config.model {
         Source::Checkpoint(directory) => Checkpoint::open(directory)?,
@@ -265,38 +162,7 @@ pub fn load(config: &Config, comm: &mut Option<Box<dyn Communicator>>) -> Result
     let Some(c) = comm.take() else {
         return Err(Error::Internal("a rank is loaded once".into()));
     };
-<<<<<<< HEAD
-    let ready = Ready { config, model, checkpoint, owned, path_reason, context: wanted_context };
-    if gpus.is_empty() {
-        let threads = config.threads.unwrap_or_else(|| fair_threads(on_host));
-        let blocks =
-            cache_blocks(config, &ready.model, Layout::of(&ready.model, &ready.owned), wanted_context, on_host);
-        let device = format!("CPU, {threads} thread{} a rank", if threads == 1 { "" } else { "s" });
-        return ready.load(CpuBackend::new(c, threads)?, blocks, device);
-    }
-    let options = CudaOptions {
-        max_rows: config.step_tokens,
-        max_sequences: config.max_sequences,
-        max_context: wanted_context,
-        share_gpus: config.share_gpus,
-        all_reduce: config.all_reduce,
-        watchdog: config.watchdog,
-        ..CudaOptions::default()
-    };
-    let wanted = match config.cache_tokens {
-        Some(tokens) => tokens.div_ceil(BLOCK).max(1),
-        None => wanted_context.div_ceil(BLOCK) * config.max_sequences,
-    };
-    let budget = cuda::predict(&ready.model, &ready.owned, &options);
-    let mut backend = CudaBackend::new(c, options)?;
-    let device = backend.describe();
-    match budget.blocks(backend.gpu(), config.gpu_memory_utilization, wanted) {
-        Ok(blocks) => ready.load(backend, blocks, device),
-        Err(e) => {
-            backend.comm().abort(e.exit_code(), &e.to_string());
-            Err(e)
-=======
-    with_device(&options, c, Loading { config, model, path_reason, owned, checkpoint, max_context })
+    with_device(&options, &device, c, Loading { config, model, path_reason, owned, checkpoint, max_context })
 }
 
 /// What is known of a rank before its device is.
@@ -322,7 +188,6 @@ impl Task for Loading<'_> {
                 }
                 Err(e)
             }
->>>>>>> ec238cb (gqla bench: attention, all-reduce, decode, scaling)
         }
     }
 }
@@ -351,6 +216,7 @@ impl Loading<'_> {
         if matches!(config.model, Source::Dummy(..)) {
             loaded.fill_caches(backend)?;
         }
+        backend.loaded();
         backend.comm().barrier()?;
         backend.comm().set_watchdog(config.watchdog);
         let info = Info {
@@ -370,21 +236,13 @@ impl Loading<'_> {
     }
 }
 
-/// The smallest of the ranks' values: rank 0 hands out the same blocks everywhere.
-fn least(comm: &mut dyn Communicator, mine: usize) -> Result<usize> {
-    let mut all = vec![0; 8 * comm.world()];
-    comm.all_gather(&(mine as u64).to_le_bytes(), &mut all)?;
-    let values = all.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
-    Ok(values.min().map_or(mine, |least| least as usize))
-}
-
 /// The path asked for, checked against the world size, or the cost model's.
 fn choose(
     config: &Config,
     model: &ModelConfig,
     world: usize,
     on_host: usize,
-    gpu: Option<&cuda::GpuInfo>,
+    gpu: Option<&GpuInfo>,
 ) -> Result<(Path, String)> {
     if let Some(path) = config.path {
         crate::model::shard::check(model, path, world)?;

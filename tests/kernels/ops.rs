@@ -199,7 +199,7 @@ fn routers_and_experts() {
 #[test]
 fn made_up_weights_are_the_hosts() {
     let Some(p) = pair() else { return };
-    let checkpoint = Checkpoint::dummy();
+    let checkpoint = Checkpoint::dummy(0);
     for (rows, cols) in [(0..70, 0..100), (3..9, 5..2050)] {
         let slice = checkpoint.slice("model.some.weight", &[100, 4096], rows.clone(), cols.clone()).unwrap();
         let g = p.gpu.matrix(std::slice::from_ref(&slice), Reduction::Whole).unwrap();

@@ -195,6 +195,12 @@ impl Gpu {
     }
 
     /// Enqueues setting bytes.
+    pub(crate) fn copy(&self, from: u64, to: u64, count: usize) -> Result<()> {
+        // SAFETY: the caller's addresses are of allocations of at least `count` bytes.
+        check(unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, count, self.stream()) }, "copying on the GPU")
+    }
+
+    /// Fills `count` bytes at `at`.
     pub(crate) fn fill(&self, at: u64, byte: u8, count: usize) -> Result<()> {
         if count == 0 {
             return Ok(());

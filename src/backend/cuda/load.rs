@@ -110,19 +110,7 @@ impl Loader {
     fn make_up(&self, kernels: &Kernels, part: &Slice, how: MadeUp, to: u64) -> Result<()> {
         let (rows, cols) = (part.rows(), part.cols());
         match how {
-            MadeUp::Noise { seed, row, col } => {
-                #[repr(C)]
-                struct Noise(u64, u64, u64, u64, u64, f32);
-                let f = kernels.get(&source::DUMMY_WEIGHTS, "dummy_noise", &[])?;
-                // A grid has at most 65535 rows.
-                for first in (0..rows).step_by(65535) {
-                    let at = to + (first * cols * 2) as u64;
-                    let noise = Noise(at, seed, (row + first) as u64, col as u64, cols as u64, 0.02 / 85f32.sqrt());
-                    let grid = (cols.div_ceil(1024), (rows - first).min(65535), 1);
-                    kernels.launch(f, Launch { grid, block: 256, ..Launch::default() }, arguments![noise])?;
-                }
-                Ok(())
-            }
+            MadeUp::Noise { seed, row, col } => self.noise(kernels, to, (rows, cols), seed, (row, col), 0.02),
             MadeUp::Constant(value) => {
                 #[repr(C)]
                 struct Constant(u64, u64, f32);
@@ -131,6 +119,29 @@ impl Loader {
                 kernels.launch(f, Launch::new((rows * cols).div_ceil(256), 256), arguments![constant])
             }
         }
+    }
+
+    /// Fills `[rows, cols]` bf16 at `to` with a hash of `seed`, row and column, counted from `first`; mean 0.
+    pub fn noise(
+        &self,
+        kernels: &Kernels,
+        to: u64,
+        (rows, cols): (usize, usize),
+        seed: u64,
+        (row, col): (usize, usize),
+        deviation: f32,
+    ) -> Result<()> {
+        #[repr(C)]
+        struct Noise(u64, u64, u64, u64, u64, f32);
+        let f = kernels.get(&source::DUMMY_WEIGHTS, "dummy_noise", &[])?;
+        // A grid has at most 65535 rows.
+        for first in (0..rows).step_by(65535) {
+            let at = to + (first * cols * 2) as u64;
+            let noise = Noise(at, seed, (row + first) as u64, col as u64, cols as u64, deviation / 85f32.sqrt());
+            let grid = (cols.div_ceil(1024), (rows - first).min(65535), 1);
+            kernels.launch(f, Launch { grid, block: 256, ..Launch::default() }, arguments![noise])?;
+        }
+        Ok(())
     }
 
     /// A vector from host memory.

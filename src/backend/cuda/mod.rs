@@ -175,12 +175,6 @@ impl CudaBackend {
         &self.gpu
     }
 
-    /// The device, in words.
-    pub fn describe(&self) -> String {
-        let (major, minor) = self.gpu.info.capability;
-        format!("{}, compute capability {major}.{minor}", self.gpu.info.name)
-    }
-
     /// Steps that were replayed from a graph.
     pub fn replays(&self) -> u64 {
         self.graphs.replays

@@ -17,8 +17,9 @@ use crate::checkpoint::Slice;
 use crate::comm::Communicator;
 use crate::comm::nccl::Element;
 use crate::comm::one_shot::MAX_WORLD;
-use crate::config::{Moe, Rope};
+use crate::config::{ModelConfig, Moe, Rope};
 use crate::error::{Error, Result};
+use crate::model::shard::Owned;
 
 /// Rows up to which a product streams its weights through our own kernel.
 const SKINNY: usize = 16;
@@ -602,6 +603,51 @@ impl Backend for CudaBackend {
 
     fn read(&self, x: &Tensor, rows: usize) -> Result<Vec<f32>> {
         reduce::read(&self.gpu, x.at(), rows.min(x.rows) * x.cols, x.element)
+    }
+
+    fn fitting_blocks(&self, model: &ModelConfig, owned: &Owned, wanted: usize, utilization: f64) -> Result<usize> {
+        super::predict(model, owned, &self.options).blocks(&self.gpu, utilization, wanted)
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        self.wait()
+    }
+
+    fn describe(&self) -> String {
+        let (major, minor) = self.gpu.info.capability;
+        format!("{}, compute capability {major}.{minor}", self.gpu.info.name)
+    }
+
+    fn cache_element(&self) -> usize {
+        2
+    }
+
+    fn fill_cache(&self, cache: &mut Cache, seed: u64) -> Result<()> {
+        let cols = cache.layout.elements();
+        let shape = (cache.memory.bytes() / 2 / cols.max(1), cols);
+        self.loader.noise(&self.kernels, cache.memory.at(), shape, seed, (0, 0), 1.0)
+    }
+
+    fn noise_tensor(&self, rows: usize, cols: usize, seed: u64) -> Result<Tensor> {
+        let tensor = self.tensor(rows, cols)?;
+        self.loader.noise(&self.kernels, tensor.at(), (tensor.rows, cols), seed, (0, 0), 1.0)?;
+        Ok(tensor)
+    }
+
+    fn bandwidth(&mut self) -> Result<f64> {
+        const BYTES: usize = 1 << 30;
+        const COPIES: usize = 8;
+        let (from, to) = (Memory::uninit(&self.gpu, BYTES)?, Memory::uninit(&self.gpu, BYTES)?);
+        self.loader.noise(&self.kernels, from.at(), (BYTES / 8192, 4096), 1, (0, 0), 1.0)?;
+        let mut best = f64::INFINITY;
+        for _ in 0..4 {
+            self.gpu.synchronize()?;
+            let began = std::time::Instant::now();
+            (0..COPIES).try_for_each(|_| self.gpu.copy(from.at(), to.at(), BYTES))?;
+            self.gpu.synchronize()?;
+            best = best.min(began.elapsed().as_secs_f64());
+        }
+        Ok((2 * BYTES * COPIES) as f64 / best)
     }
 
     fn reduce_time(&mut self) -> Duration {

@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::report::{self, Times, numbers};
+use super::report::{self, Times};
 use crate::backend::{Backend, Batch, Span};
-use crate::cli::world::{self, DeviceChoice};
-use crate::engine::setup::{AllReduce, DeviceOptions, Task, with_device};
+use crate::cli::world::{self, AllReduceChoice, DeviceChoice};
+use crate::engine::device::{self, DeviceOptions, Task, with_device};
 use crate::error::Result;
 
 /// Dependent calls in one step, as the layers of a model make them.
@@ -22,13 +22,13 @@ pub struct Args {
     device: DeviceChoice,
     /// How ranks on GPUs sum
     #[arg(long, value_enum, default_value = "auto")]
-    all_reduce: AllReduce,
+    all_reduce: AllReduceChoice,
     /// Width of the residual stream
     #[arg(long, default_value_t = 4096)]
     hidden: usize,
     /// Rows of a call; a row of 4096 is 8 KiB in bf16
-    #[arg(long, value_name = "N,…", default_value = "1,2,8,32,128", value_parser = numbers)]
-    rows: std::vec::Vec<Vec<usize>>,
+    #[arg(long, value_name = "N,…", default_value = "1,2,8,32,128", value_delimiter = ',')]
+    rows: Vec<usize>,
     /// Runs of 64 dependent calls measured
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
@@ -39,23 +39,24 @@ pub struct Args {
 
 /// Runs the command: every rank the same.
 pub fn run(args: Args) -> Result<()> {
-    let comm = crate::comm::connect()?;
+    let mut comm = crate::comm::connect()?;
     let rank = comm.rank();
     if rank == 0 {
         world::end_on_interrupt()?;
     }
-    let rows = args.rows.concat();
+    let rows = args.rows.clone();
     let most = rows.iter().max().copied().unwrap_or(1);
     let options = DeviceOptions {
         device: args.device.into(),
-        all_reduce: args.all_reduce,
+        all_reduce: args.all_reduce.into(),
         max_rows: most,
         max_sequences: most,
         max_context: 64,
         hidden: args.hidden,
         ..DeviceOptions::default()
     };
-    let report = with_device(&options, comm, Sums { args: args.clone(), rows, rank })?;
+    let device = device::choose(&options, &mut *comm)?;
+    let report = with_device(&options, &device, comm, Sums { args: args.clone(), rows, rank })?;
     if rank == 0 { report::write(args.json.as_ref(), &report) } else { Ok(()) }
 }
 
@@ -68,7 +69,7 @@ struct Sums {
 impl Task for Sums {
     type Out = Value;
 
-    fn run<B: Backend>(self, mut b: B) -> Result<Value> {
+    fn run<B: Backend + 'static>(self, mut b: B) -> Result<Value> {
         let (hidden, world) = (self.args.hidden, b.comm().world());
         let weight = b.vector(&vec![1.0; hidden])?;
         let mut table = report::table(&["rows", "KiB in bf16", "µs a call (median)"]);

@@ -5,12 +5,12 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::report::{self, Times, numbers};
+use super::report::{self, Times};
 use crate::backend::{AttentionShape, Backend, Batch, Span};
 use crate::cache::{BLOCK, Layout};
 use crate::cli::world::{self, DeviceChoice, PathChoice};
+use crate::engine::device::{self, DeviceOptions, Task, with_device};
 use crate::engine::sampler::uniform;
-use crate::engine::setup::{DeviceOptions, Task, with_device};
 use crate::error::Result;
 
 /// Measure decode attention alone, on one rank's part of a layer.
@@ -41,11 +41,11 @@ pub struct Args {
     #[arg(long, default_value_t = 512)]
     latent: usize,
     /// Sequences in a step
-    #[arg(long, value_name = "B,…", default_value = "64", value_parser = numbers)]
-    batch: std::vec::Vec<Vec<usize>>,
+    #[arg(long, value_name = "B,…", default_value = "64", value_delimiter = ',')]
+    batch: Vec<usize>,
     /// Tokens in each sequence's cache
-    #[arg(long, value_name = "L,…", default_value = "8192", value_parser = numbers)]
-    context: std::vec::Vec<Vec<usize>>,
+    #[arg(long, value_name = "L,…", default_value = "8192", value_delimiter = ',')]
+    context: Vec<usize>,
     /// Draw each sequence's length from 1 to twice --context
     #[arg(long)]
     ragged: bool,
@@ -63,8 +63,8 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     world::end_on_interrupt()?;
-    let comm = crate::comm::connect()?;
-    let (batches, contexts) = (args.batch.concat(), args.context.concat());
+    let mut comm = crate::comm::connect()?;
+    let (batches, contexts) = (args.batch.clone(), args.context.clone());
     let most = batches.iter().max().copied().unwrap_or(1);
     let longest = contexts.iter().max().copied().unwrap_or(1) * if args.ragged { 2 } else { 1 };
     let options = DeviceOptions {
@@ -74,7 +74,8 @@ pub fn run(args: Args) -> Result<()> {
         max_context: longest,
         ..DeviceOptions::default()
     };
-    let report = with_device(&options, comm, Attention { args: args.clone(), batches, contexts })?;
+    let device = device::choose(&options, &mut *comm)?;
+    let report = with_device(&options, &device, comm, Attention { args: args.clone(), batches, contexts })?;
     report::write(args.json.as_ref(), &report)
 }
 
@@ -87,7 +88,7 @@ struct Attention {
 impl Task for Attention {
     type Out = Value;
 
-    fn run<B: Backend>(self, mut b: B) -> Result<Value> {
+    fn run<B: Backend + 'static>(self, mut b: B) -> Result<Value> {
         let bandwidth = b.bandwidth()?;
         println!("{} | copy bandwidth {:.1} GB/s", b.describe(), bandwidth / 1e9);
         let head = ["path", "batch", "context", "s_q", "µs (median)", "GB/s", "of copy", "TFLOP/s"];

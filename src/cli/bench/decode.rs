@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::report::{self, Times, numbers};
+use super::report::{self, Times};
 use crate::cache::BLOCK;
 use crate::cli::world::{self, ModelArgs};
 use crate::comm::Communicator;
@@ -31,11 +31,11 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "balanced")]
     pub dummy_routing: DummyRouting,
     /// Sequences in a step
-    #[arg(long, value_name = "B,…", default_value = "1,8,64", value_parser = numbers)]
-    pub batch: std::vec::Vec<Vec<usize>>,
+    #[arg(long, value_name = "B,…", default_value = "1,8,64", value_delimiter = ',')]
+    pub batch: Vec<usize>,
     /// Tokens in each sequence's cache
-    #[arg(long, value_name = "L,…", default_value = "1024", value_parser = numbers)]
-    pub context: std::vec::Vec<Vec<usize>>,
+    #[arg(long, value_name = "L,…", default_value = "1024", value_delimiter = ',')]
+    pub context: Vec<usize>,
     /// Tokens a sequence brings to a step: 2 is what a step with one draft token verifies
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4))]
     pub s_q: u32,
@@ -88,7 +88,7 @@ pub fn source(args: &Args) -> Result<Source> {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let (batches, contexts) = (args.batch.concat(), args.context.concat());
+    let (batches, contexts) = (args.batch.clone(), args.context.clone());
     let (Some(most), Some(longest)) = (batches.iter().max(), contexts.iter().max()) else {
         return Err(Error::Usage("give at least one --batch and one --context".into()));
     };

@@ -92,12 +92,3 @@ pub fn table(head: &[&str]) -> comfy_table::Table {
     table.load_preset(comfy_table::presets::UTF8_FULL_CONDENSED).set_header(head.to_vec());
     table
 }
-
-/// `"1,8,64"` to numbers; for clap.
-pub fn numbers(text: &str) -> std::result::Result<Vec<usize>, String> {
-    let parse = |t: &str| match t.trim().parse::<usize>() {
-        Ok(0) | Err(_) => Err(format!("{t:?} is not a positive number")),
-        Ok(n) => Ok(n),
-    };
-    text.split(',').map(parse).collect()
-}

@@ -21,8 +21,8 @@ pub struct Args {
     #[command(flatten)]
     decode: super::decode::Args,
     /// World sizes
-    #[arg(long, value_name = "W,…", default_value = "1,2,4,8", value_parser = report::numbers)]
-    worlds: std::vec::Vec<Vec<usize>>,
+    #[arg(long, value_name = "W,…", default_value = "1,2,4,8", value_delimiter = ',')]
+    worlds: Vec<usize>,
     /// Ranks to run really; larger worlds are projected [default: the GPUs, or the cores]
     #[arg(long, value_name = "W")]
     devices: Option<usize>,
@@ -44,7 +44,7 @@ pub fn run(args: Args) -> Result<()> {
         crate::engine::setup::Source::Checkpoint(directory) => crate::config::ModelConfig::load(&directory)?,
         crate::engine::setup::Source::Dummy(model, _) => *model,
     };
-    let (batch, context) = (args.decode.batch.concat(), args.decode.context.concat());
+    let (batch, context) = (args.decode.batch.clone(), args.decode.context.clone());
     let (&[batch], &[context]) = (&batch[..], &context[..]) else {
         return Err(Error::Usage("a scaling curve has one --batch and one --context: give one of each".into()));
     };
@@ -54,7 +54,7 @@ pub fn run(args: Args) -> Result<()> {
         let mut points: Vec<Point> = vec![];
         // Time that ranks add to a step beside their shards, at the largest world really run.
         let mut exchange = 0.0;
-        for world in args.worlds.concat() {
+        for world in args.worlds.clone() {
             if !world_sizes(&model, path).contains(&world) {
                 eprintln!("{path} path: {world} ranks do not fit the model; left out");
                 continue;
