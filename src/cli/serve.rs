@@ -154,7 +154,7 @@ fn lead(args: &Args, config: Config, comm: Box<dyn Communicator>, signals: Signa
     if !args.host.is_loopback() && key.is_none() {
         eprintln!("gqla: warning: {address} is open to others and there is no --api-key");
     }
-    let directory = config.model.clone();
+    let directory = args.model.model.clone();
     let engine = Engine::start(config, comm)?;
     let served = serve(args, &engine, listener, &directory, key, signals);
     // The ranks are let go whatever became of the serving.

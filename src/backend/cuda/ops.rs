@@ -69,6 +69,7 @@ struct AppendLatent {
 }
 
 /// An operand of a product.
+#[derive(Clone, Copy)]
 struct Operand {
     at: u64,
     stride: usize,
