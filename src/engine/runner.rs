@@ -19,7 +19,9 @@ pub trait Run: Send {
     /// What the caches of all layers really take, in bytes.
     fn cache_bytes(&self) -> usize;
     /// For benchmarks: the device's memory bandwidth, measured now.
-    fn bandwidth(&mut self) -> Result<f64>;
+    fn bandwidth(&mut self) -> Result<f64> {
+        Err(crate::error::Error::Device("this rank has no memory to measure".into()))
+    }
     /// The clean end: every rank comes here last.
     fn finish(self: Box<Self>) -> Result<()>;
 }

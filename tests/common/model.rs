@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use gqla::comm::threads;
+use gqla::engine::device::Device;
 use gqla::engine::scorer::Scorer;
-use gqla::engine::setup::Device;
 use gqla::engine::{self, Config};
 use gqla::model::shard;
 
@@ -64,7 +64,7 @@ pub fn config(name: &str, path: Option<shard::Path>) -> Config {
     config.cache_tokens = Some(2048);
     config.max_sequences = 8;
     config.threads = Some(1);
-    config.device = Device::Cpu;
+    config.device.device = Device::Cpu;
     config
 }
 

@@ -2,8 +2,9 @@
 
 use gqla::backend::cuda::available;
 use gqla::comm::one::OneComm;
+use gqla::engine::device::Device;
 use gqla::engine::scorer::Scorer;
-use gqla::engine::setup::{Config, Device};
+use gqla::engine::setup::Config;
 use gqla::engine::{Engine, Event, Request};
 use gqla::model::shard::Path;
 
@@ -12,7 +13,7 @@ mod common;
 
 fn config(name: &str, path: Path) -> Config {
     let mut config = common::config(name, Some(path));
-    config.device = Device::Cuda;
+    config.device.device = Device::Cuda;
     config.step_tokens = 512;
     config
 }
@@ -48,7 +49,7 @@ fn perplexity_is_the_float32_figure_to_half_a_percent() {
 
 /// Greedy continuations of all prompts at once, on `world` ranks.
 fn greedy(mut config: Config, world: usize, share: bool) -> Vec<Vec<u64>> {
-    config.share_gpus = share;
+    config.device.share_gpus = share;
     let name = "tiny-glm-gqla";
     let golden = common::golden(name);
     let engine = Engine::start_threads(config, world).unwrap();
