@@ -194,13 +194,13 @@ impl Gpu {
         check(unsafe { sys::cuMemcpyDtoHAsync_v2(pointer, from, to.len(), self.stream) }, "copying from the GPU")
     }
 
-    /// Enqueues setting bytes.
+    /// Enqueues a copy of `count` bytes on the GPU.
     pub(crate) fn copy(&self, from: u64, to: u64, count: usize) -> Result<()> {
         // SAFETY: the caller's addresses are of allocations of at least `count` bytes.
         check(unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, count, self.stream()) }, "copying on the GPU")
     }
 
-    /// Fills `count` bytes at `at`.
+    /// Enqueues setting `count` bytes at `at`.
     pub(crate) fn fill(&self, at: u64, byte: u8, count: usize) -> Result<()> {
         if count == 0 {
             return Ok(());
