@@ -11,6 +11,7 @@ pub mod comm;
 pub mod config;
 pub mod engine;
 pub mod error;
+pub mod ffi;
 pub mod model;
 pub mod plan;
 pub mod server;

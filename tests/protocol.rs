@@ -165,12 +165,12 @@ fn run(world: usize, script: &Script, lost: Option<(usize, usize)>) -> Outcome {
     };
     let mut pending = script.clone();
     pending.reverse();
-    let mut deliver = move |operation: usize| {
+    let deliver = move |operation: usize| {
         while pending.last().is_some_and(|(at, _)| *at <= operation) {
             act(pending.pop().unwrap().1);
         }
     };
-    first.comm.deliver = Some(Box::new(move |operation| deliver(operation)));
+    first.comm.deliver = Some(Box::new(deliver));
     let limits = Limits { sequences: 2, step_tokens: 4, blocks: 8, share_prefixes: true };
     let timing = Timing { heartbeat: Duration::ZERO, grace: Duration::ZERO };
     let coordinator = Coordinator::new(Box::new(first), Scheduler::new(limits), inbox, shared, vec![0]);

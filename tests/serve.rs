@@ -193,7 +193,8 @@ fn every_bound_holds_at_plus_and_minus_one() {
         l.template_bytes = 60;
     });
     let bias = |n: usize| (0..n).map(|i| (i.to_string(), json!(1))).collect::<serde_json::Map<_, _>>();
-    let cases: Vec<(&str, usize, Box<dyn Fn(usize) -> Value>)> = vec![
+    type Extra = Box<dyn Fn(usize) -> Value>;
+    let cases: Vec<(&str, usize, Extra)> = vec![
         ("n", 4, Box::new(|n| json!({"n": n, "max_tokens": 1}))),
         ("prompt", 20, Box::new(|n| json!({"prompt": vec![5; n]}))),
         ("prompt", 3, Box::new(|n| json!({"prompt": vec!["x"; n]}))),

@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand, each with its `Args` and a `run`.
 
 mod bench;
+mod chat;
 mod generate;
 mod plan;
 mod score;
@@ -55,11 +56,13 @@ fn help_tail() -> String {
 enum Command {
     /// Continue a prompt, streaming
     Generate(generate::Args),
+    /// Talk with a model whose checkpoint has a chat template
+    Chat(chat::Args),
     /// Logits of token lists, or perplexity
     Score(score::Args),
     /// Serve a model over HTTP in OpenAI's wire format
     Serve(Box<serve::Args>),
-    /// Measure this machine: attention, all-reduce, decode steps, scaling
+    /// Measure this machine (attention, all-reduce, decode steps, scaling), or a running server
     Bench(bench::Args),
     /// What a decode step costs on each path, and which path to take; needs no checkpoint and no GPU.
     Plan(plan::Args),
@@ -71,6 +74,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
         Command::Generate(args) => generate::run(args),
+        Command::Chat(args) => chat::run(args),
         Command::Score(args) => score::run(args),
         Command::Serve(args) => serve::run(*args),
         Command::Bench(args) => bench::run(args),

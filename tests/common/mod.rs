@@ -100,3 +100,25 @@ pub fn until(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
         std::thread::sleep(Duration::from_millis(10));
     }
 }
+
+/// The ranks that `mpirun` has started: (rank, process).
+pub fn pids(mpirun: u32) -> Vec<(usize, u32)> {
+    let mut found = vec![];
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let read = |name: &str| std::fs::read(entry.path().join(name)).unwrap_or_default();
+        let stat = String::from_utf8_lossy(&read("stat")).into_owned();
+        let parent = stat.rsplit(')').next().and_then(|s| s.split_whitespace().nth(1)?.parse::<u32>().ok());
+        // Between fork and exec a rank still is mpirun, without its environment.
+        let name = String::from_utf8_lossy(&read("comm")).trim().to_string();
+        if parent != Some(mpirun) || name != "gqla" {
+            continue;
+        }
+        let environ = read("environ");
+        let rank = environ.split(|b| *b == 0).find_map(|v| v.strip_prefix(b"OMPI_COMM_WORLD_RANK="));
+        if let Some(rank) = rank.and_then(|r| std::str::from_utf8(r).ok()?.parse().ok()) {
+            found.push((rank, pid));
+        }
+    }
+    found
+}

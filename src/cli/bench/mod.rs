@@ -6,6 +6,7 @@ mod decode;
 mod plot;
 mod report;
 mod scaling;
+mod serve;
 
 use crate::error::Result;
 
@@ -26,6 +27,8 @@ enum What {
     Decode(decode::Args),
     /// Decode at 1, 2, 4 and 8 ranks, with a plot; starts mpirun itself
     Scaling(scaling::Args),
+    /// A running server under a given arrival rate, as its clients see it
+    Serve(serve::Args),
 }
 
 /// Runs the command.
@@ -35,5 +38,6 @@ pub fn run(args: Args) -> Result<()> {
         What::AllReduce(args) => all_reduce::run(args),
         What::Decode(args) => decode::run(args),
         What::Scaling(args) => scaling::run(args),
+        What::Serve(args) => serve::run(args),
     }
 }
