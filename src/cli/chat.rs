@@ -46,9 +46,8 @@ pub fn run(args: Args) -> Result<()> {
 
 fn lead(args: &Args, config: Config, comm: Box<dyn Communicator>) -> Result<()> {
     world::end_on_interrupt()?;
-    let directory = config.model.clone();
     let engine = Engine::start(config, comm)?;
-    let talked = talk(args, &engine, &directory);
+    let talked = talk(args, &engine, &args.model.model);
     // The ranks are let go whatever became of the conversation.
     let stopped = engine.shutdown();
     talked.and(stopped)
