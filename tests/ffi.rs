@@ -40,7 +40,9 @@ fn a_c_program_embeds_the_engine() {
     let built = cc.output().unwrap();
     assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
     let run = |checkpoint: &std::path::Path| {
-        Command::new(&program).arg(checkpoint).arg("def fibonacci(n):").output().unwrap()
+        // Cargo's own path would find the library of an earlier `cargo build` first.
+        let command = &mut Command::new(&program);
+        command.env("LD_LIBRARY_PATH", &library).arg(checkpoint).arg("def fibonacci(n):").output().unwrap()
     };
     let output = run(&model::checkpoint("tiny-glm-gqla").0);
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

@@ -491,3 +491,91 @@ fn an_engine_that_stops_ends_streams_with_an_error_event() {
     refused(&s.post("/v1/completions", &complete(json!({}))), 503, "");
     s.stop();
 }
+
+#[test]
+fn a_cached_prefix_gives_the_same_bits() {
+    let s = server(|_| {});
+    let prompt: Vec<u32> = (0..300).map(|i| 4 + i * 7 % 900).collect();
+    let ask = || {
+        let body = json!({"prompt": prompt, "max_tokens": 16, "temperature": 0.8, "seed": 3, "logprobs": 3});
+        let answer = s.post("/v1/completions", &body).json();
+        (answer["choices"].clone(), answer["usage"]["prompt_tokens_details"]["cached_tokens"].clone())
+    };
+    let (first, second) = (ask(), ask());
+    assert_eq!((first.1, second.1), (json!(0), json!(256)));
+    assert_eq!(first.0, second.0);
+    s.stop();
+}
+
+#[test]
+fn the_engine_knows_nothing_of_http() {
+    for file in std::fs::read_dir(model::at("src/engine")).unwrap().flatten() {
+        let text = std::fs::read_to_string(file.path()).unwrap();
+        for word in ["tokio", "axum", "crate::server", "crate::cli"] {
+            assert!(!text.contains(word), "{} names {word}", file.path().display());
+        }
+    }
+    let scheduler = std::fs::read_to_string(model::at("src/engine/scheduler.rs")).unwrap();
+    assert!(!scheduler.contains("crate::backend") && !scheduler.contains("crate::comm"));
+}
+
+#[test]
+fn a_benchmark_drives_the_server() {
+    let s = server(|_| {});
+    let work = tempfile::tempdir().unwrap();
+    let (json, plot) = (work.path().join("r.json"), work.path().join("r.svg"));
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_gqla"));
+    command.args([
+        "bench",
+        "serve",
+        "--rate",
+        "50,inf",
+        "--requests",
+        "8",
+        "--prompt-tokens",
+        "20",
+        "--max-tokens",
+        "9",
+    ]);
+    command.arg("--url").arg(format!("http://{}", s.address)).arg("--json").arg(&json).arg("--plot").arg(&plot);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let runs: Vec<Value> = serde_json::from_str(&std::fs::read_to_string(&json).unwrap()).unwrap();
+    assert_eq!((runs.len(), &runs[1]["request_rate"]), (2, &json!("inf")));
+    for r in runs {
+        assert_eq!(
+            (&r["completed"], &r["total_output_tokens"], &r["model_id"]),
+            (&json!(8), &json!(72), &json!("tiny"))
+        );
+        for figure in ["ttft", "tpot", "itl", "e2el"] {
+            for kind in ["mean", "median", "p99"] {
+                assert!(r[format!("{kind}_{figure}_ms")].as_f64().unwrap() > 0.0, "{kind} {figure}: {r}");
+            }
+        }
+    }
+    assert!(std::fs::read_to_string(&plot).unwrap().contains("<svg"));
+    s.stop();
+}
+
+#[test]
+fn a_chat_in_the_terminal_remembers() {
+    let model = http::with_template(&model::checkpoint("tiny-glm-gqla").0, http::TEMPLATE);
+    let chat = |lines: &str| {
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_gqla"))
+            .args(["chat", "--temperature", "0", "--max-tokens", "8", "--model"])
+            .arg(model.path())
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), lines.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let alone = chat("def f(x):\n");
+    assert!(!alone.trim().is_empty());
+    assert_eq!(chat("def f(x):\n/reset\n\ndef f(x):\n/exit\nnever\n"), alone.repeat(2));
+    assert_ne!(chat("def f(x):\ndef f(x):\n"), alone.repeat(2), "the second answer does not know of the first");
+}

@@ -62,6 +62,7 @@ struct Active {
     tokens: usize,
     began: Option<Instant>,
     first_token: Option<Instant>,
+    span: tracing::Span,
     /// Prompt log-probabilities so far, one a position from the second on.
     prompt_logprobs: Vec<Option<Logprob>>,
 }
@@ -216,13 +217,15 @@ impl Coordinator {
         }
         self.scheduler.add(job.id, r.prompt.clone(), r.prompt_logprobs.is_some());
         let seed = r.sampling.seed.unwrap_or_else(|| self.shared.draw_seed());
-        let active = Active { seed, tokens: 0, began: None, first_token: None, prompt_logprobs: vec![None], job };
+        let span = tracing::debug_span!("request", id = job.id, prompt_tokens = r.prompt.len());
+        let active = Active { span, seed, tokens: 0, began: None, first_token: None, prompt_logprobs: vec![None], job };
         self.active.insert(active.job.id, active);
     }
 
     fn cancel(&mut self, id: u64) {
         self.scheduler.remove(id);
         if let Some(active) = self.active.remove(&id) {
+            tracing::debug!(parent: &active.span, tokens = active.tokens, "cancelled");
             self.shared.cancelled(&active.job);
         }
         self.shared.blocks(self.scheduler.blocks(), self.scheduler.counts());
@@ -337,6 +340,8 @@ impl Coordinator {
                 ttft: since(a.first_token),
                 total: a.job.submitted.elapsed(),
             };
+            tracing::debug!(parent: &a.span, tokens = a.tokens, cached, ?reason, queued = ?done.queued, ttft = ?done.ttft,
+                total = ?done.total, "ended");
             finish(&self.shared, &a.job, Event::Finished(done));
         }
     }
