@@ -18,7 +18,7 @@ pub const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{{ '<|' + m['r
 pub fn with_template(checkpoint: &Path, template: &str) -> tempfile::TempDir {
     let copy = tempfile::tempdir().unwrap();
     for file in std::fs::read_dir(checkpoint).unwrap().flatten() {
-        std::os::unix::fs::symlink(file.path(), copy.path().join(file.file_name())).unwrap();
+        std::fs::copy(file.path(), copy.path().join(file.file_name())).unwrap();
     }
     std::fs::write(copy.path().join("chat_template.jinja"), template).unwrap();
     copy
