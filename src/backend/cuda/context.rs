@@ -194,6 +194,36 @@ impl Gpu {
         check(unsafe { sys::cuMemcpyDtoHAsync_v2(pointer, from, to.len(), self.stream) }, "copying from the GPU")
     }
 
+    /// Whether the stream is being recorded as a graph.
+    pub(crate) fn recording(&self) -> Result<bool> {
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: a live stream and an out-parameter.
+        check(unsafe { sys::cuStreamIsCapturing(self.stream, &mut status) }, "asking a stream")?;
+        Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// The GPU's milliseconds of what `body` enqueues.
+    pub(crate) fn time(&self, body: impl FnOnce() -> Result<()>) -> Result<f32> {
+        let (mut start, mut end, mut milliseconds) = (null(), null(), 0f32);
+        // SAFETY: out-parameters and live handles.
+        unsafe {
+            check(sys::cuEventCreate(&mut start, 0), "making an event")?;
+            check(sys::cuEventCreate(&mut end, 0), "making an event")?;
+            check(sys::cuEventRecord(start, self.stream), "recording an event")?;
+        }
+        let done = body();
+        // SAFETY: the events made above; they are let go on every way out.
+        unsafe {
+            let timed = check(sys::cuEventRecord(end, self.stream), "recording an event")
+                .and_then(|()| check(sys::cuEventSynchronize(end), "waiting for an event"))
+                .and_then(|()| check(sys::cuEventElapsedTime_v2(&mut milliseconds, start, end), "timing"));
+            let _ = sys::cuEventDestroy_v2(start);
+            let _ = sys::cuEventDestroy_v2(end);
+            done.and(timed)?;
+        }
+        Ok(milliseconds)
+    }
+
     /// Enqueues a copy of `count` bytes on the GPU.
     pub(crate) fn copy(&self, from: u64, to: u64, count: usize) -> Result<()> {
         // SAFETY: the caller's addresses are of allocations of at least `count` bytes.

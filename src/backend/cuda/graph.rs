@@ -74,19 +74,7 @@ impl Graph {
 impl Graph {
     /// Runs it alone and gives the GPU's seconds.
     pub fn time(&self) -> Result<f64> {
-        let (mut start, mut end, mut milliseconds) = (null(), null(), 0f32);
-        // SAFETY: out-parameters and live handles.
-        unsafe {
-            check(sys::cuEventCreate(&mut start, 0), "making an event")?;
-            check(sys::cuEventCreate(&mut end, 0), "making an event")?;
-            check(sys::cuEventRecord(start, self.gpu.stream()), "recording an event")?;
-            self.launch()?;
-            check(sys::cuEventRecord(end, self.gpu.stream()), "recording an event")?;
-            check(sys::cuEventSynchronize(end), "waiting for an event")?;
-            check(sys::cuEventElapsedTime_v2(&mut milliseconds, start, end), "timing")?;
-            let _ = sys::cuEventDestroy_v2(start);
-            let _ = sys::cuEventDestroy_v2(end);
-        }
+        let milliseconds = self.gpu.time(|| self.launch())?;
         Ok(f64::from(milliseconds) * 1e-3)
     }
 }

@@ -1,4 +1,5 @@
-//! Products with weights through cuBLASLt: a plan a shape, chosen once by its heuristic.
+//! Products with weights through cuBLASLt: a plan a shape, made once: its heuristic's candidates, timed where a product
+//! streams its weights (few rows), for the heuristic's first choice is often not the fastest there.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -29,6 +30,11 @@ functions! {
 
 /// Bytes of workspace; NVIDIA's advice for Hopper.
 pub(crate) const WORKSPACE: usize = 32 << 20;
+
+/// Candidates that are asked of the heuristic, runs of each, and the rows up to which they are timed.
+const CANDIDATES: usize = 8;
+const TIMINGS: usize = 5;
+const TIMED_ROWS: usize = 256;
 
 /// `out[rows, outs] = x[rows, depth] · w[outs, depth]ᵀ`, all row-major.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -100,9 +106,28 @@ impl Matmul {
         let mut plans = self.plans.borrow_mut();
         let plan = match plans.entry((p, alignment)) {
             std::collections::hash_map::Entry::Occupied(found) => found.into_mut(),
-            std::collections::hash_map::Entry::Vacant(empty) => empty.insert(self.plan(p, alignment as u32)?),
+            std::collections::hash_map::Entry::Vacant(empty) => {
+                let (mut plan, candidates) = self.plan(p, alignment as u32)?;
+                if p.rows <= TIMED_ROWS && candidates.len() > 1 && !self.gpu.recording()? {
+                    plan.algo = self.fastest(&plan, &candidates, (x, w, bias, out), p.bias)?;
+                }
+                empty.insert(plan)
+            }
         };
-        if p.bias {
+        self.multiply(plan, &plan.algo, (x, w, bias, out), p.bias).map_err(|e| match e {
+            Error::Device(what) => Error::Device(format!("{what}, {p:?}")),
+            other => other,
+        })
+    }
+
+    fn multiply(
+        &self,
+        plan: &Plan,
+        algo: &cublasLtMatmulAlgo_t,
+        (x, w, bias, out): (u64, u64, u64, u64),
+        biased: bool,
+    ) -> Result<()> {
+        if biased {
             let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER as u32;
             // SAFETY: a live descriptor and an attribute with its size.
             let status = unsafe { (self.lt.desc_set)(plan.desc, attribute, (&raw const bias).cast(), 8) };
@@ -124,17 +149,47 @@ impl Matmul {
                 plan.out,
                 out,
                 plan.out,
-                &plan.algo,
+                algo,
                 self.workspace.at(),
                 WORKSPACE,
                 self.gpu.stream().cast(),
             )
         };
-        check(status, &format!("{p:?}"))
+        check(status, "multiplying")
+    }
+
+    /// The candidate with the shortest median time. The caller's `out` is written, as it will be afterwards anyway.
+    fn fastest(
+        &self,
+        plan: &Plan,
+        candidates: &[cublasLtMatmulAlgo_t],
+        at: (u64, u64, u64, u64),
+        biased: bool,
+    ) -> Result<cublasLtMatmulAlgo_t> {
+        // Twice the largest L2: writing it between runs leaves the weights cold, as they are in a step.
+        let sweep = Memory::uninit(&self.gpu, 128 << 20)?;
+        let mut best = (f32::INFINITY, candidates[0]);
+        for algo in candidates {
+            let mut times = vec![];
+            for _ in 0..TIMINGS {
+                self.gpu.fill(sweep.at(), 1, sweep.bytes())?;
+                let run = || self.multiply(plan, algo, at, biased);
+                match self.gpu.time(run) {
+                    Ok(time) => times.push(time),
+                    // A candidate that does not run after all is no candidate.
+                    Err(_) => break,
+                }
+            }
+            times.sort_unstable_by(f32::total_cmp);
+            if times.len() == TIMINGS && times[TIMINGS / 2] < best.0 {
+                best = (times[TIMINGS / 2], *algo);
+            }
+        }
+        Ok(best.1)
     }
 
     /// Column-major, as cuBLASLt sees it: outᵀ[outs, rows] = (w[depth, outs])ᵀ · x[depth, rows].
-    fn plan(&self, p: Product, alignment: u32) -> Result<Plan> {
+    fn plan(&self, p: Product, alignment: u32) -> Result<(Plan, Vec<cublasLtMatmulAlgo_t>)> {
         let (lt, bf16, f32) =
             (self.lt, sys::cudaDataType_t::CUDA_R_16BF as u32, sys::cudaDataType_t::CUDA_R_32F as u32);
         let layout = |kind: u32, rows: usize, cols: usize, stride: usize| {
@@ -147,7 +202,7 @@ impl Matmul {
         let x = layout(bf16, p.depth, p.rows, p.x_stride)?;
         let out = layout(if p.f32_out { f32 } else { bf16 }, p.outs, p.rows, p.out_stride)?;
         let (mut desc, mut preference) = (null(), null());
-        let mut found = std::mem::MaybeUninit::<Heuristic>::zeroed();
+        let mut found = [const { std::mem::MaybeUninit::<Heuristic>::zeroed() }; CANDIDATES];
         let mut count = 0;
         // SAFETY: out-parameters, live descriptors, attributes with their sizes.
         unsafe {
@@ -175,16 +230,32 @@ impl Matmul {
                 let value = (&raw const alignment).cast();
                 check((lt.preference_set)(preference, attribute as u32, value, 4), "setting a preference")?;
             }
-            let status =
-                (lt.heuristic)(self.handle, desc, w, x, out, out, preference, 1, found.as_mut_ptr(), &mut count);
+            let status = (lt.heuristic)(
+                self.handle,
+                desc,
+                w,
+                x,
+                out,
+                out,
+                preference,
+                CANDIDATES as c_int,
+                found.as_mut_ptr().cast(),
+                &mut count,
+            );
             (lt.preference_destroy)(preference);
             if status != 0 || count == 0 {
                 return Err(Error::Device(format!("cuBLASLt has no kernel for {p:?} (status {status})")));
             }
         }
-        // SAFETY: zeroed, and filled by the heuristic.
-        let algo = unsafe { found.assume_init() }.algo;
-        Ok(Plan { desc, w, x, out, algo })
+        let found = found.iter().take(count as usize);
+        // SAFETY: zeroed, and the first `count` filled by the heuristic.
+        let found = found.map(|found| unsafe { found.assume_init_ref() });
+        let usable = found.filter(|found| found.state as u32 == 0);
+        let candidates: Vec<cublasLtMatmulAlgo_t> = usable.map(|found| found.algo).collect();
+        let Some(&algo) = candidates.first() else {
+            return Err(Error::Device(format!("cuBLASLt has no kernel for {p:?}")));
+        };
+        Ok((Plan { desc, w, x, out, algo }, candidates))
     }
 }
 
