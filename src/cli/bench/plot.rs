@@ -70,7 +70,12 @@ fn throughput(area: &Area, curves: &[Curve], widest: f64, most: f64) -> Drawn {
             chart.draw_series([Circle::new(at(p), 4, style)])?;
         }
     }
-    chart.configure_series_labels().border_style(BLACK.mix(0.3)).background_style(WHITE).draw()?;
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperLeft)
+        .border_style(BLACK.mix(0.3))
+        .background_style(WHITE)
+        .draw()?;
     Ok(())
 }
 
