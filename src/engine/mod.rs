@@ -142,8 +142,8 @@ impl Engine {
             return Err(Refused::Full);
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        // Room for every event, so that only a reader who never reads can fill it.
-        let (events, receiver) = async_channel::bounded(request.max_tokens + 3);
+        // Never more than max_tokens + 2 events, and memory only for those that wait to be read.
+        let (events, receiver) = async_channel::unbounded();
         let (prompt_tokens, cached) = (request.prompt.len(), Arc::default());
         let job = Job { id, request, events, submitted: Instant::now(), cached: Arc::clone(&cached) };
         if self.commands.send(Command::Submit(Box::new(job))).is_err() {

@@ -226,16 +226,15 @@ fn to_json(value: &Value, options: Kwargs) -> std::result::Result<Value, JinjaEr
     // Python's other keywords change nothing that a prompt would show.
     let _: (Option<bool>, Option<bool>) = (options.get("ensure_ascii")?, options.get("sort_keys")?);
     let bad = |e: serde_json::Error| JinjaError::new(ErrorKind::BadSerialization, e.to_string());
-    let json = serde_json::to_value(value).map_err(bad)?;
     let mut out = vec![];
     if let Some(indent) = indent {
         let spaces = " ".repeat(indent.min(16));
         let formatter = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
         let mut writer = serde_json::Serializer::with_formatter(&mut out, formatter);
-        serde::Serialize::serialize(&json, &mut writer).map_err(bad)?;
+        serde::Serialize::serialize(value, &mut writer).map_err(bad)?;
     } else {
         let mut writer = serde_json::Serializer::with_formatter(&mut out, Spaced);
-        serde::Serialize::serialize(&json, &mut writer).map_err(bad)?;
+        serde::Serialize::serialize(value, &mut writer).map_err(bad)?;
     }
     Ok(Value::from_safe_string(String::from_utf8_lossy(&out).into_owned()))
 }
@@ -274,8 +273,9 @@ mod tests {
                       <|{{ m.role }}|>{{ m['content'].strip() | trim }}{% endif %}\n{% endfor %}\n\
                       {%- if add_generation_prompt and not enable_thinking %}<|assistant|>{% endif %}";
         assert_eq!(render(source, &[("user", " hi ")], ALL).unwrap(), "<s><|user|>hi<|assistant|>");
-        let json = "{{ {'b': 'é<', 'a': [1, 2]} | tojson }}";
-        assert_eq!(render(json, &[], ALL).unwrap(), r#"{"b": "é<", "a": [1, 2]}"#);
+        let json = "{{ {'b': 'é<', 'a': [1, 2]} | tojson }}{{ messages | tojson }}";
+        let want = r#"{"b": "é<", "a": [1, 2]}[{"role": "user", "content": "x"}]"#;
+        assert_eq!(render(json, &[("user", "x")], ALL).unwrap(), want);
         let train = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}";
         assert_eq!(render(train, &[("user", "x")], ALL).unwrap(), "x");
         let year = render("{{ strftime_now('%Y-%m-%d') }}", &[], ALL).unwrap();

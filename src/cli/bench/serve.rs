@@ -65,6 +65,8 @@ pub struct Args {
 #[derive(Debug, Clone, Default)]
 struct Seen {
     error: Option<String>,
+    /// The error is a 429.
+    refused: bool,
     ttft: f64,
     itl: Vec<f64>,
     total: f64,
@@ -85,7 +87,7 @@ pub fn run(args: Args) -> Result<()> {
         let (seen, seconds) = runtime.block_on(drive(&args, &target, &model, *rate));
         let result = summary(&args, &model, *rate, &seen, seconds);
         eprintln!("{}", line(&result));
-        if let Some(error) = seen.iter().find_map(|s| s.error.as_ref()) {
+        if let Some(error) = seen.iter().filter(|s| !s.refused).find_map(|s| s.error.as_ref()) {
             eprintln!("gqla: a request failed: {error}");
         }
         results.push(result);
@@ -160,6 +162,7 @@ impl Target {
         let begin = Instant::now();
         let mut seen = Seen::default();
         if let Err(error) = self.read(&body, begin, &mut seen).await {
+            seen.refused = error.starts_with("status 429");
             seen.error = Some(error);
         }
         seen.total = begin.elapsed().as_secs_f64();
@@ -247,6 +250,10 @@ fn summary(args: &Args, model: &str, rate: f64, seen: &[Seen], seconds: f64) -> 
     put("duration", json!(seconds));
     put("completed", json!(good.len()));
     put("failed", json!(seen.len() - good.len()));
+    let mut refused: Vec<f64> = seen.iter().filter(|s| s.refused).map(|s| s.total * 1e3).collect();
+    refused.sort_by(f64::total_cmp);
+    put("refused", json!(refused.len()));
+    put("p99_refused_ms", json!(percentile(&refused, 0.99)));
     put("total_input_tokens", json!(input));
     put("total_output_tokens", json!(output));
     put("request_throughput", json!(good.len() as f64 / seconds));
@@ -284,11 +291,13 @@ fn percentile(values: &[f64], p: f64) -> f64 {
 fn line(r: &Value) -> String {
     let n = |key: &str| r[key].as_f64().unwrap_or(0.0);
     format!(
-        "rate {} | {} of {} done | {:.2} requests/s, {:.1} tokens/s | TTFT {:.1} ms (p99 {:.1}) | TPOT {:.2} ms (p99 {:.2}) | \
+        "rate {} | {} of {} done, {} refused (p99 {:.1} ms) | {:.2} requests/s, {:.1} tokens/s | TTFT {:.1} ms (p99 {:.1}) | TPOT {:.2} ms (p99 {:.2}) | \
          end to end {:.0} ms (p99 {:.0})",
         r["request_rate"],
         r["completed"],
         r["num_prompts"],
+        r["refused"],
+        n("p99_refused_ms"),
         n("request_throughput"),
         n("output_throughput"),
         n("median_ttft_ms"),
