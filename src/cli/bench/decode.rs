@@ -20,7 +20,9 @@ use crate::plan::cost::{self, PathCost};
 use crate::plan::{Hardware, Load};
 
 /// Measure whole decode steps.
+// `bench scaling` takes these flags too, and two groups of one name in a command are refused.
 #[derive(clap::Args, Debug, Clone)]
+#[group(skip)]
 pub struct Args {
     #[command(flatten)]
     pub model: ModelArgs,
@@ -75,10 +77,10 @@ pub fn source(args: &Args) -> Result<Source> {
         DummyRouting::Same => Routing::Same,
     };
     let name = args.model.model.to_string_lossy();
-    if !args.model.model.is_dir() {
-        if let Some(shape) = crate::plan::shapes::named(&name) {
-            return Ok(Source::Dummy(Box::new(shape), routing));
-        }
+    if !args.model.model.is_dir()
+        && let Some(shape) = crate::plan::shapes::named(&name)
+    {
+        return Ok(Source::Dummy(Box::new(shape), routing));
     }
     match args.load_format {
         LoadFormat::Auto => Ok(Source::Checkpoint(args.model.model.clone())),
