@@ -9,6 +9,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod comm;
 pub mod config;
+pub mod convert;
 pub mod engine;
 pub mod error;
 pub mod ffi;

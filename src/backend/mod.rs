@@ -312,6 +312,8 @@ pub trait Backend: Send + Sized {
 
     /// Copies the first `rows` rows to the host as f32 (tests, hidden states).
     fn read(&self, x: &Self::Tensor, rows: usize) -> Result<Vec<f32>>;
+    /// Replaces the first rows by `[rows, cols]` values from the host (conversions, which go layer by layer).
+    fn write_rows(&self, values: &[f32], x: &mut Self::Tensor) -> Result<()>;
     /// Blocks of the cache that fit beside the weights in `utilization` (0 to 1) of the memory there is; `wanted` at most.
     fn fitting_blocks(&self, model: &ModelConfig, owned: &Owned, wanted: usize, utilization: f64) -> Result<usize>;
     /// Waits until everything enqueued is done.

@@ -129,6 +129,12 @@ impl Checkpoint {
         self.tensors.keys().map(String::as_str).collect()
     }
 
+    /// A tensor as it is stored: its type as the format names it, its shape and its bytes. `None` when there is none.
+    pub fn raw(&self, name: &str) -> Option<(&'static str, &[usize], &[u8])> {
+        let tensor = self.tensors.get(name)?;
+        Some((tensor.dtype, &tensor.shape, &self.files[tensor.file].map[tensor.bytes.clone()]))
+    }
+
     /// The directory it was opened from.
     pub fn directory(&self) -> &Path {
         &self.directory

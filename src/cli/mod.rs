@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod convert;
 mod generate;
 mod plan;
 mod score;
@@ -35,6 +36,7 @@ Examples:
   gqla serve --model checkpoints/tiny-glm-gqla --port 8000
   gqla plan --model glm-4.7-flash-gqla --hardware h200 --tp 4
   gqla plan --model path/to/checkpoint --hardware h20 --tp 8 --batch 64 --context 32768 --json
+  gqla convert --model path/to/glm-4.7-flash --out glm-gqla --groups 4 --calibration text.txt
 ";
 
 /// A multi-GPU tensor-parallel runtime for Group-Query Latent Attention.
@@ -66,6 +68,8 @@ enum Command {
     Bench(bench::Args),
     /// What a decode step costs on each path, and which path to take; needs no checkpoint and no GPU.
     Plan(plan::Args),
+    /// Turn a published Llama, DeepSeek or GLM checkpoint into a GQLA one.
+    Convert(Box<convert::Args>),
 }
 
 /// Runs the command that the process's arguments name.
@@ -79,6 +83,7 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::run(*args),
         Command::Bench(args) => bench::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Convert(args) => convert::run(*args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

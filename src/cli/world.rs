@@ -164,8 +164,9 @@ pub fn run(
     }
 }
 
+/// The ranks: mpirun's, those that `--tp` starts, or this process alone.
 #[cfg(feature = "mpi")]
-fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {
+pub fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {
     use crate::comm::launch;
     let comm = match tp {
         Some(world) if world > 1 && launch::launched().is_none() => match launch::relaunch(world as usize)? {},
@@ -175,8 +176,9 @@ fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {
     Ok(comm)
 }
 
+/// The ranks: this process alone.
 #[cfg(not(feature = "mpi"))]
-fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {
+pub fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {
     let mut comm = crate::comm::connect()?;
     agree_on_tp(&*comm, tp)?;
     Ok(comm)

@@ -124,6 +124,48 @@ impl<B: Backend> Model<B> {
         })
     }
 
+    /// Layer `layer` alone (the MTP layer is number `config.layers`), without vocabulary: for work layer by layer, with
+    /// [`enter`](Model::enter) and `layer(b, 0)`. Its caches have `blocks` blocks.
+    pub fn load_layer(
+        backend: &B,
+        checkpoint: &Checkpoint,
+        config: &ModelConfig,
+        owned: &Owned,
+        layer: usize,
+        blocks: usize,
+        max_rows: usize,
+        max_context: usize,
+    ) -> Result<Model<B>> {
+        let loader = Loader { backend, checkpoint, model: config, owned };
+        let loaded = loader.layer(layer)?;
+        let shared = rope::frequencies(&config.rope, config.rope_dim());
+        let inv_freq = loaded.inv_freq.as_deref().unwrap_or(&shared.inv_freq);
+        let layout = Layout::of(config, owned);
+        let shape = attention_shape(config, owned);
+        let vocabulary = [config.vocab, config.hidden];
+        let first_row = checkpoint.slice("model.embed_tokens.weight", &vocabulary, 0..1, 0..config.hidden)?;
+        Ok(Model {
+            config: config.clone(),
+            owned: owned.clone(),
+            layout,
+            embedding: backend.matrix(&[first_row], crate::backend::Reduction::Whole)?,
+            head: None,
+            final_norm: loader.vector("model.norm.weight", config.hidden)?,
+            ropes: vec![backend.rope_table(&config.rope, inv_freq, shared.magnitude, max_context)?],
+            caches: vec![backend.cache(layout, blocks)?],
+            act: Activations::new(backend, config, owned, &shape, max_rows)?,
+            layers: vec![loaded],
+            shape,
+        })
+    }
+
+    /// Begins a step in the middle of the model: `residual` `[rows, hidden]` is the stream before the first layer here.
+    pub fn enter(&mut self, b: &mut B, batch: &Batch, residual: &[f32]) -> Result<()> {
+        b.begin(batch)?;
+        b.write_rows(residual, &mut self.act.x)?;
+        b.norm(&self.act.x, &self.layers[0].input_norm, self.config.norm_eps, &mut self.act.h)
+    }
+
     /// Runs one step: embed, layers, last norm, and the head over the batch's wanted rows, for [`logits`](Model::logits)
     /// or, where `argmax` is set, for [`argmax`](Model::argmax).
     pub fn forward(&mut self, b: &mut B, batch: &Batch, argmax: bool) -> Result<()> {

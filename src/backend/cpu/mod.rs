@@ -500,6 +500,11 @@ impl Backend for CpuBackend {
         Ok(x.data[..rows * x.cols()].to_vec())
     }
 
+    fn write_rows(&self, values: &[f32], x: &mut Tensor) -> Result<()> {
+        x.data[..values.len()].copy_from_slice(values);
+        Ok(())
+    }
+
     fn reduce_time(&mut self) -> Duration {
         std::mem::take(&mut self.reducing)
     }

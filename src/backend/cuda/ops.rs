@@ -606,6 +606,10 @@ impl Backend for CudaBackend {
         reduce::read(&self.gpu, x.at(), rows.min(x.rows) * x.cols, x.element)
     }
 
+    fn write_rows(&self, values: &[f32], x: &mut Tensor) -> Result<()> {
+        self.write(x, values)
+    }
+
     fn fitting_blocks(&self, model: &ModelConfig, owned: &Owned, wanted: usize, utilization: f64) -> Result<usize> {
         super::predict(model, owned, &self.options).blocks(&self.gpu, utilization, wanted)
     }
