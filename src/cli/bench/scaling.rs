@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 
 use super::plot::{Curve, Point, scaling};
 use super::report;
-use crate::cli::world;
+use crate::backend::cuda;
+use crate::cli::world::{self, DeviceChoice};
 use crate::comm::launch;
 use crate::error::{Error, Result};
 use crate::model::shard::{Path, world_sizes};
@@ -155,7 +156,11 @@ fn name(value: impl clap::ValueEnum) -> String {
     value.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string())
 }
 
-/// Ranks that can really run here: the host's cores.
-fn devices(_args: &Args) -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+/// Ranks that can really run here: one a GPU, or on CPUs one a core.
+fn devices(args: &Args) -> usize {
+    let gpus = match args.decode.model.device {
+        DeviceChoice::Cpu => 0,
+        DeviceChoice::Auto | DeviceChoice::Cuda => cuda::available().map_or(0, |gpus| gpus.len()),
+    };
+    if gpus > 0 { gpus } else { std::thread::available_parallelism().map_or(1, usize::from) }
 }
