@@ -25,9 +25,11 @@ as_root() {
 
 have_libclang() {
     [ -n "${LIBCLANG_PATH:-}" ] && return 0
-    compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null && return 0
+    # Not libclang-cpp, which comes with clang itself and has another interface.
+    compgen -G '/usr/lib/llvm-*/lib/libclang.so*' >/dev/null && return 0
+    compgen -G '/usr/lib/llvm-*/lib/libclang-[0-9]*.so*' >/dev/null && return 0
     # `grep -q` would end the pipe early, which pipefail takes for a failure.
-    { ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null || true; } | grep 'libclang[-.0-9]*so' >/dev/null
+    { ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null || true; } | grep -E 'libclang(-[0-9.]+)?\.so' >/dev/null
 }
 
 # Debian packages: MPI with its headers, libclang (the MPI binding reads mpi.h with it), a C compiler, curl for rustup.
