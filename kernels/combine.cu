@@ -55,6 +55,7 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS) combine(const C
   const int item = blockIdx.x * (COMBINE_WARPS / a.warps) + warp / a.warps;
   const int part = warp % a.warps;
   const bool real = item < a.rows * a.heads;
+  grid_launch_dependents();
   const int row = real ? item / a.heads : 0, head = item % a.heads;
   // The plan is older than the launch this one may overlap with.
   const int2 seq = a.seq[row / SQ];
@@ -67,7 +68,6 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS) combine(const C
   for (int i = 0; i < LANE_VALUES; i++) acc[i] = 0.f;
 
   grid_wait();
-  grid_launch_dependents();
 
   if (n > 1) {
     // The first parts are on their way before their weights are known.

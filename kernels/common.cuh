@@ -95,6 +95,13 @@ DEVICE uint4 load_stream(const void* p) {
 DEVICE void cp_async16(u32 dst, const void* src, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
 }
+// Of data that is read once: it leaves L2 first.
+DEVICE void cp_async16_once(u32 dst, const void* src) {
+  u64 once;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "l"(once)
+               : "memory");
+}
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 DEVICE void cp_async_wait() {
@@ -329,6 +336,7 @@ struct Skinny {
   // that all warps repeat:
   //   bool next(): moves to the next pass
   //   int rows(), tokens(), k(); const u16* w_row(r), x_row(t)
+  //   ONCE: no other pass reads the same weights
   template <class Work>
   struct Cursor {
     Work work;
@@ -379,11 +387,14 @@ struct Skinny {
     if (c.n >= Ring) mbar_wait(empty(base, c.n % Ring), (c.n / Ring - 1) & 1);
   }
 
+  template <bool Once>
   static DEVICE_MEMBER void copy_row(u32 dst, const u16* src, int bytes, int lane) {
 #pragma unroll
     for (int i = 0; i < (Step * 2 + 511) / 512; i++) {
       const int at = i * 512 + lane * 16;
-      if (at < bytes) cp_async16(dst + at, (const u8*)src + at, 16);
+      if (at >= bytes) continue;
+      if (Once) cp_async16_once(dst + at, (const u8*)src + at);
+      else cp_async16(dst + at, (const u8*)src + at, 16);
     }
   }
 
@@ -394,7 +405,7 @@ struct Skinny {
       const u32 dst = base + s * STAGE, bar = full(base, s);
       wait_empty(c, base);
 #pragma unroll 4
-      for (int r = warp; r < rows; r += Loaders) copy_row(dst + r * STRIDE, c.work.w_row(r) + c.k0, bytes, lane);
+      for (int r = warp; r < rows; r += Loaders) copy_row<Work::ONCE>(dst + r * STRIDE, c.work.w_row(r) + c.k0, bytes, lane);
       mbar_arrive_copies(bar);
     }
   }
@@ -412,11 +423,11 @@ struct Skinny {
       wait_empty(c, base);
 #pragma unroll 4
       for (int t = 0; t < min(tokens, 32); t++)
-        copy_row(dst + t * STRIDE, (const u16*)__shfl_sync(0xffffffffu, x[0], t) + c.k0, bytes, lane);
+        copy_row<false>(dst + t * STRIDE, (const u16*)__shfl_sync(0xffffffffu, x[0], t) + c.k0, bytes, lane);
       if (Room > 32) {
 #pragma unroll 4
         for (int t = 32; t < tokens; t++)
-          copy_row(dst + t * STRIDE, (const u16*)__shfl_sync(0xffffffffu, x[1], t - 32) + c.k0, bytes, lane);
+          copy_row<false>(dst + t * STRIDE, (const u16*)__shfl_sync(0xffffffffu, x[1], t - 32) + c.k0, bytes, lane);
       }
       mbar_arrive_copies(bar);
     }

@@ -132,6 +132,7 @@ extern "C" __global__ void __launch_bounds__(512) experts_plan(const Experts a) 
 // weights' bytes. UP: columns are the expert's width, else the hidden size.
 template <bool UP>
 struct ExpertsWork {
+  static constexpr bool ONCE = false;
   static constexpr int COLUMNS = UP ? TILE_ROWS / 2 : TILE_ROWS;
   const Experts& a;
   int routed;                        // segments

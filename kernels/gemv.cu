@@ -19,8 +19,9 @@
 #ifndef TILE_ROWS
 #define TILE_ROWS (ROWS <= 4 ? 16 : 32)
 #endif
+// Large stages: each costs the warps a few hundred cycles of waiting for one another.
 #ifndef STEP
-#define STEP (SHARED_KIB < 100 ? 256 : ROWS <= 4 ? 1024 : 512)
+#define STEP (SHARED_KIB < 100 ? 256 : ROWS == 1 ? 2048 : ROWS <= 4 ? 1024 : 512)
 #endif
 
 struct Gemv {
@@ -40,11 +41,11 @@ struct Gemv {
 };
 
 #define GEMV_TOKENS (ROWS <= 8 ? 8 : 16)
-// With one row two CTAs fit in a multiprocessor, so that a launch's first weights are
-// on their way while the launch before it ends; with more rows a deeper ring gains more.
+// The ring fills a multiprocessor, so that there is never room for two CTAs: where there is, some multiprocessors get
+// two of a launch's and others none.
 #ifndef RING
-constexpr int GEMV_FIT = (ROWS == 1 && SHARED_KIB > 107 ? 107 : SHARED_KIB) * 1024 / ((TILE_ROWS + ROWS) * (STEP * 2 + 64));
-#define RING (GEMV_FIT < 2 ? 2 : GEMV_FIT > 4 ? 4 : GEMV_FIT)
+constexpr int GEMV_FIT = SHARED_KIB * 1024 / ((TILE_ROWS + ROWS) * (STEP * 2 + 64));
+#define RING (GEMV_FIT < 2 ? 2 : GEMV_FIT > 6 ? 6 : GEMV_FIT)
 #endif
 #ifndef LOADERS
 #define LOADERS 3
@@ -59,6 +60,7 @@ DEVICE void put(float* p, float v) { *p = v; }
 
 template <bool GATED>
 struct GemvWork {
+  static constexpr bool ONCE = true;
   static constexpr int COLUMNS = GATED ? TILE_ROWS / 2 : TILE_ROWS;
   const Gemv& a;
   int n, next_n, end;  // columns [n, next_n) are this pass

@@ -8,6 +8,10 @@
 // of a block's tokens, with its own running maximum and sum: the warps meet only
 // when a sequence's part ends, to add up their slices.
 //
+// The split and the step's tables are older than the launch that this one may overlap
+// with (the host launches it serially after split_plan), and so are all tiles but those
+// that hold the step's own tokens: they are asked for before that launch has ended.
+//
 // The rope key tile is common to all groups. The CTAs of a team read it at about
 // the same time, and L2 keeps it longer than K and V, which nobody reads twice.
 //
@@ -95,6 +99,7 @@ DEVICE void produce(const GqaDecode& a, u32 stages, u32 full, u32 empty) {
   const u64 once = l2_evict_first();
   int stage = 0;
   u32 phase = 0;
+  bool waited = false;
 
   for (int job = blockIdx.x; job < a.teams * row_groups; job += gridDim.x) {
     int4 work = a.team[job / row_groups];
@@ -109,6 +114,11 @@ DEVICE void produce(const GqaDecode& a, u32 stages, u32 full, u32 empty) {
           ids_next = i + 32 + lane < part.count ? table[i + 32 + lane] : 0;
         }
         const u16* src = a.cache + (size_t)__shfl_sync(0xffffffffu, ids, i % 32) * block_elems;
+        // Only what this step appends is written by the launch before this one; all else can come at once.
+        if (!waited && (part.first + i + 1) * BLOCK > part.len - SQ) {
+          grid_wait();
+          waited = true;
+        }
         if (lane == 0) {
           const u32 dst = stages + stage * STAGE_BYTES, bar = full + stage * 8;
           mbar_wait(empty + stage * 8, phase ^ 1);
@@ -313,6 +323,7 @@ DEVICE void consume(const GqaDecode& a, unsigned char* stage_mem, u32 full, u32 
   const int row_groups = a.groups / NG;
   const float scale2 = a.scale * LOG2E;
   const u32 stages = smem_addr(stage_mem);
+  grid_wait();
   int stage = 0;
   u32 phase = 0;
 
@@ -391,7 +402,6 @@ extern "C" __global__ void __launch_bounds__(GQA_THREADS, 1) gqa_decode(const Gq
     mbar_init_fence();
   }
   __syncthreads();
-  grid_wait();
   grid_launch_dependents();
 
   if (threadIdx.x / 32 >= WARPS) {

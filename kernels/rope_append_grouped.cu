@@ -82,7 +82,7 @@ DEVICE void turned(const u16* x, int at, const float* cs, const float* sn, float
 
 extern "C" __global__ void __launch_bounds__(128) rope_append_grouped(const RopeAppendGrouped a) {
   grid_launch_dependents();
-  grid_wait();
+  // The step's tables are older than the launch this one may overlap with.
   const int row = blockIdx.y, seq = a.row_seq[row];
   if (seq < 0) return;
   const int pos = a.positions[row], slot = pos % BLOCK;
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(128) rope_append_grouped(const Rope
   const float* sn = a.sin_table + (size_t)pos * (TURN / 2);
   const size_t block_elems = (size_t)BLOCK * (DR + a.groups * (DN + DV));
   u16* block = a.cache + (size_t)a.block_table[(size_t)seq * a.max_blocks + pos / BLOCK] * block_elems;
-
+  grid_wait();
   int unit = (blockIdx.x * 128 + threadIdx.x) * VEC;
   float v[VEC];
   if (unit < a.heads * DQ) {

@@ -176,13 +176,15 @@ impl Attention {
     ) -> Result<()> {
         let kernel = decode_kernel(kernels, &self.gpu, shape, form, run.rows)?;
         let teams = (kernel.resident / kernel.row_groups).max(1);
-        let (team, seq) = self.plan(kernels, inputs, form, index, run, teams)?;
+        let (team, seq, fresh) = self.plan(kernels, inputs, form, index, run, teams)?;
         let (_, width) = widths(shape, form);
         let parts = (run.count + teams) * run.rows * shape.heads;
         let (part_o, part_lse) = self.parts(parts * width * 4, parts * 4)?;
         let (block_table, lens) = (inputs.tables(run.span), inputs.lens(run.span));
         let max_blocks = inputs.max_blocks as i32;
+        // The kernels read the split before they wait for the launch before them.
         let launch = Launch::new(teams * kernel.row_groups, kernel.threads).shared(kernel.shared);
+        let launch = Launch { serial: fresh, ..launch };
         match form {
             Form::Grouped => {
                 let (groups, teams) = (shape.groups as i32, teams as i32);
@@ -215,7 +217,7 @@ impl Attention {
         kernels.launch(f, Launch::new(grid, 32 * most), arguments![a])
     }
 
-    /// The split of run `index`, made by the first layer of a step and used by all.
+    /// The split of run `index`, made by the first layer of a step and used by all, and whether it was made now.
     fn plan(
         &self,
         kernels: &Kernels,
@@ -224,7 +226,7 @@ impl Attention {
         index: usize,
         run: &Run,
         teams: usize,
-    ) -> Result<(u64, u64)> {
+    ) -> Result<(u64, u64, bool)> {
         let mut plans = self.plans.borrow_mut();
         let (team_bytes, seq_bytes) = (teams * 16, run.count * 8);
         while plans.len() <= index {
@@ -238,7 +240,8 @@ impl Attention {
             *seq = self.grow(seq_bytes.next_power_of_two())?;
         }
         let (team, seq) = (team.at(), seq.at());
-        if self.planned.get() <= index {
+        let fresh = self.planned.get() <= index;
+        if fresh {
             self.planned.set(index + 1);
             let (source, entry, block, least) = match form {
                 Form::Grouped => (&source::SPLIT_PLAN, "split_plan", 1, 0),
@@ -250,7 +253,7 @@ impl Attention {
             let a = Plan { lens: inputs.lens(run.span), team, seq, batch, teams, least };
             kernels.launch(f, Launch::new(1, threads), arguments![a])?;
         }
-        Ok((team, seq))
+        Ok((team, seq, fresh))
     }
 
     fn parts(&self, out: usize, lse: usize) -> Result<(u64, u64)> {
