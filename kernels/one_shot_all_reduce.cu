@@ -10,10 +10,15 @@
 // call: a rank that pushes call n + 2 has received call n + 1 of all others, and they
 // pushed that after they had read call n.
 //
+// A rank that is lost must not keep the others here for ever: the host's stop word is
+// looked at every POLLS polls, which is never when all ranks come in time. What a
+// kernel that leaves so has written is worthless.
+//
 // Text after norm.cu, whose constants it takes. WIDTH is a multiple of 8.
 // one_shot_add_norm: grid rows (at most max_rows); block NORM_THREADS
 
 #define MAX_WORLD 8
+#define POLLS 4096
 
 struct OneShot {
   const u16* partial;    // [rows, WIDTH], this rank's
@@ -22,6 +27,7 @@ struct OneShot {
   const float* weight;   // [WIDTH]
   u16* out;              // [rows, WIDTH]
   u32* calls;            // [max_rows] calls so far
+  u32* stop;             // [2] host memory: leave if not 0; 1 + the first rank that was waited for then
   u8* slots[MAX_WORLD];  // each rank's [2][world][max_rows][WIDTH / 2] {word, flag}
   int rank;
   int world;
@@ -34,12 +40,19 @@ DEVICE void push(u8* to, u32 a, u32 b, u32 flag) {
                : "memory");
 }
 
-DEVICE uint2 pull(const u8* from, u32 flag) {
+// Whether the host wants the kernel to end; `rank` is the one that has not come.
+DEVICE bool stopped(volatile u32* stop, int rank) {
+  if (!stop[0]) return false;
+  if (!stop[1]) stop[1] = rank + 1;
+  return true;
+}
+
+DEVICE uint2 pull(const u8* from, u32 flag, int rank, u32* stop) {
   u32 a, b, f, g;
-  do {
+  for (u32 polls = 1;; polls++) {
     asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(f), "=r"(b), "=r"(g) : "l"(from) : "memory");
-  } while (f != flag || g != flag);
-  return make_uint2(a, b);
+    if ((f == flag && g == flag) || (polls % POLLS == 0 && stopped(stop, rank))) return make_uint2(a, b);
+  }
 }
 
 #if WIDTH % 8 == 0 && !X_BF16
@@ -78,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) one_shot_add_norm(con
       uint4 q = mine[i];
       if (from != a.rank) {
         const u8* at = slot(a.rank, from) + col * 4;
-        const uint2 lo = pull(at, flag), hi = pull(at + 16, flag);
+        const uint2 lo = pull(at, flag, from, a.stop), hi = pull(at + 16, flag, from, a.stop);
         q = make_uint4(lo.x, lo.y, hi.x, hi.y);
       }
       const u32 words[4] = {q.x, q.y, q.z, q.w};

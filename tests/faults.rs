@@ -6,18 +6,12 @@ mod common;
 mod model;
 
 use std::io::Read;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use common::{alive, mpirun, pids, signal, until};
+use common::{Run, mpirun, signal};
 
 const LIMIT: Duration = Duration::from_secs(10);
-
-/// A generation under mpirun that streams for long enough to be disturbed.
-struct Run {
-    child: Child,
-    stderr: std::thread::JoinHandle<String>,
-}
 
 fn start(ranks: usize, extra: &[&str], prompt: &str) -> Run {
     let mut command = mpirun(ranks);
@@ -29,58 +23,7 @@ fn start(ranks: usize, extra: &[&str], prompt: &str) -> Run {
         "--prompt",
         prompt,
     ]);
-    command.arg("--model").arg(model::checkpoint("tiny-glm-gqla").0).args(extra);
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = child.stderr.take().unwrap();
-    let stderr = std::thread::spawn(move || {
-        let mut text = vec![];
-        let _ = stderr.read_to_end(&mut text);
-        String::from_utf8_lossy(&text).into_owned()
-    });
-    Run { child, stderr }
-}
-
-impl Run {
-    /// The process of `rank`, once it has been started.
-    fn pid(&self, rank: usize) -> u32 {
-        let mut found = None;
-        until("the rank is there", LIMIT, || {
-            found = pids(self.child.id()).into_iter().find(|(r, _)| *r == rank).map(|p| p.1);
-            found.is_some()
-        });
-        found.unwrap()
-    }
-
-    /// Waits for the first streamed bytes.
-    fn streaming(&mut self) {
-        let mut byte = [0; 16];
-        assert!(self.child.stdout.as_mut().unwrap().read(&mut byte).unwrap() > 0, "nothing was streamed");
-    }
-
-    /// mpirun ends within the limit, unsuccessfully, and no rank is left. Returns stderr.
-    fn ends(mut self, ranks: &[u32], limit: Duration) -> (i32, String) {
-        let begin = Instant::now();
-        // What is still streamed must not block the ranks.
-        let mut stdout = self.child.stdout.take().unwrap();
-        std::thread::spawn(move || std::io::copy(&mut stdout, &mut std::io::sink()));
-        let status = loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
-            }
-            if begin.elapsed() > limit {
-                let _ = self.child.kill();
-                panic!("mpirun still runs after {limit:?}");
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        };
-        until("all ranks are gone", limit, || !ranks.iter().any(|p| alive(*p)));
-        assert!(!status.success());
-        (status.code().unwrap_or(-1), self.stderr.join().unwrap())
-    }
-
-    fn all(&self, ranks: usize) -> Vec<u32> {
-        (0..ranks).map(|r| self.pid(r)).collect()
-    }
+    Run::start(command.arg("--model").arg(model::checkpoint("tiny-glm-gqla").0).args(extra))
 }
 
 const SHORT: &str = "def fibonacci(n):";
@@ -126,7 +69,7 @@ fn interrupting_mpirun_ends_all_at_once() {
     let mut run = start(2, &[], SHORT);
     run.streaming();
     let ranks = run.all(2);
-    signal(run.child.id(), "INT");
+    signal(run.mpirun(), "INT");
     run.ends(&ranks, LIMIT);
 }
 

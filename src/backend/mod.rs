@@ -119,6 +119,34 @@ impl AttentionShape {
     }
 }
 
+/// Bytes of its device's memory that a rank will take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    /// Weights, norms, tables.
+    pub weights: usize,
+    /// Layers, each with a cache.
+    pub layers: usize,
+    /// One block of a layer's cache.
+    pub block: usize,
+    /// Activations, inputs and results of a step, libraries' workspaces, kernels.
+    pub workspace: usize,
+    /// The part of the workspace that comes with the first steps.
+    pub later: usize,
+}
+
+/// What a device and its links do, as measured on it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rates {
+    /// Memory bandwidth of a large copy, read and written, bytes/s.
+    pub bandwidth: f64,
+    /// A large product in bf16, FLOP/s.
+    pub flops: f64,
+    /// Memory, bytes.
+    pub memory: f64,
+    /// Seconds of the sum of one row with the norm that follows, and the bytes/s of a large sum in one direction.
+    pub sums: Option<(f64, f64)>,
+}
+
 /// A device and its operations, for one rank. Every `&mut` tensor is written in its first `rows` rows of the current
 /// batch ([`begin`](Backend::begin)).
 pub trait Backend: Send + Sized {
@@ -143,6 +171,11 @@ pub trait Backend: Send + Sized {
     fn tensor(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;
     /// The same for the residual stream, which a backend of 16-bit activations keeps in 32 bits.
     fn residual(&self, rows: usize, cols: usize) -> Result<Self::Tensor> {
+        self.tensor(rows, cols)
+    }
+    /// The same for partial sums that [`all_reduce_add_norm`](Backend::all_reduce_add_norm) takes. All ranks make theirs
+    /// in the same order.
+    fn summed(&self, rows: usize, cols: usize) -> Result<Self::Tensor> {
         self.tensor(rows, cols)
     }
     /// The rows of `parts`, one under the other, `[Σ out, in]`.
@@ -314,6 +347,19 @@ pub trait Backend: Send + Sized {
     fn read(&self, x: &Self::Tensor, rows: usize) -> Result<Vec<f32>>;
     /// Replaces the first rows by `[rows, cols]` values from the host (conversions, which go layer by layer).
     fn write_rows(&self, values: &[f32], x: &mut Self::Tensor) -> Result<()>;
+    /// What this rank will take of its device's memory, before it does; `None` where that is the host's.
+    fn budget(&self, model: &ModelConfig, owned: &Owned) -> Result<Option<Budget>> {
+        let _ = (model, owned);
+        Ok(None)
+    }
+    /// What a budget's caches of `blocks` blocks take.
+    fn budget_cache(&self, budget: &Budget, blocks: usize) -> usize {
+        budget.layers * budget.block * blocks
+    }
+    /// What the device's driver says this rank has taken; 0 where it is the host's memory.
+    fn memory_taken(&self) -> Result<usize> {
+        Ok(0)
+    }
     /// Blocks of the cache that fit beside the weights in `utilization` (0 to 1) of the memory there is; `wanted` at most.
     fn fitting_blocks(&self, model: &ModelConfig, owned: &Owned, wanted: usize, utilization: f64) -> Result<usize>;
     /// Waits until everything enqueued is done.
@@ -329,8 +375,18 @@ pub trait Backend: Send + Sized {
     /// For benchmarks: the device's memory bandwidth in bytes a second, measured now: a large copy, bytes read and written
     /// (GPU), or a large read (CPU).
     fn bandwidth(&mut self) -> Result<f64>;
-    /// Time spent waiting in all-reduces since the last call.
-    fn reduce_time(&mut self) -> Duration;
+    /// Measures rank 0's device and, with several ranks, their sums of rows of `hidden`. Every rank calls it, and rank 0's
+    /// figures count. `None` where there is nothing to measure with.
+    fn rates(&mut self, hidden: usize) -> Result<Option<Rates>> {
+        let _ = hidden;
+        Ok(None)
+    }
+    /// How ranks sum, in words.
+    fn sums(&self) -> String {
+        "host memory".into()
+    }
+    /// Time spent waiting in all-reduces since the last call; `None` where they are part of what the device computes.
+    fn reduce_time(&mut self) -> Option<Duration>;
     /// The communicator that the control plane also uses.
     fn comm(&mut self) -> &mut dyn crate::comm::Communicator;
     /// Gives the communicator back when the device is done with.

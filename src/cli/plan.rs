@@ -5,7 +5,9 @@ use std::path::Path;
 use comfy_table::{CellAlignment, Table, TableComponent, presets};
 use serde_json::{Value, json};
 
+use crate::backend::{Backend, cuda};
 use crate::config::ModelConfig;
+use crate::engine::device::{self, Device, DeviceOptions, Task};
 use crate::error::{Error, Result};
 use crate::plan::{self, Bound, Choice, Hardware, Load, PathCost, cost::Part, shapes};
 
@@ -16,7 +18,7 @@ pub struct Args {
     /// deepseek-v2-lite, deepseek-v3, deepseek-v3-gqla, glm-4.7-flash, glm-4.7-flash-gqla
     #[arg(long, value_name = "DIR|NAME")]
     model: String,
-    /// h100, h200, h20, a100-80gb, l40s, b200, cpu, or measured (needs a GPU)
+    /// h100, h200, h20, a100-80gb, l40s, b200, cpu, or measured (this machine's GPUs)
     #[arg(long, default_value = "h100")]
     hardware: String,
     /// Memory bandwidth in TB/s, instead of the card's
@@ -51,7 +53,8 @@ pub struct Args {
 /// Prints what a step costs on each path and which path to take.
 pub fn run(args: Args) -> Result<()> {
     let model = model(&args.model)?;
-    let hardware = hardware(&args.hardware, args.tp)?.overridden(
+    let Some(hardware) = hardware(&args.hardware, args.tp, model.hidden)? else { return Ok(()) };
+    let hardware = hardware.overridden(
         args.bandwidth.map(|x| x * 1e12),
         args.flops.map(|x| x * 1e12),
         args.memory.map(|x| x * 1e9),
@@ -83,26 +86,50 @@ fn model(name: &str) -> Result<ModelConfig> {
     })
 }
 
-fn hardware(name: &str, ranks: usize) -> Result<Hardware> {
+/// The card called `name`. `None` on the ranks that only help to measure.
+fn hardware(name: &str, ranks: usize, hidden: usize) -> Result<Option<Hardware>> {
     match name {
-        "measured" => measured(),
+        "measured" => measured(ranks, hidden),
         "cpu" => {
             let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-            Ok(Hardware::cpu_share(cores, ranks, host_memory()))
+            Ok(Some(Hardware::cpu_share(cores, ranks, host_memory())))
         }
-        _ => Hardware::named(name).ok_or_else(|| {
+        _ => Hardware::named(name).map(Some).ok_or_else(|| {
             let names = Hardware::names().collect::<Vec<_>>().join(", ");
             Error::Usage(format!("--hardware {name} is unknown: use {names}, cpu or measured"))
         }),
     }
 }
 
-/// This machine's GPU, measured.
-fn measured() -> Result<Hardware> {
-    Err(Error::Device(
-        "--hardware measured needs a GPU: name a card instead, or give --bandwidth, --flops, --memory and --link"
-            .to_string(),
-    ))
+/// This machine's GPUs, measured: as many ranks as there are GPUs for, started by mpirun.
+fn measured(ranks: usize, hidden: usize) -> Result<Option<Hardware>> {
+    let gpus = cuda::usable(false).map_err(|e| {
+        let remedy = "name a card instead, or give --bandwidth, --flops, --memory and --link";
+        Error::Device(format!("--hardware measured needs a GPU: {e}; {remedy}"))
+    })?;
+    let ranks = ranks.clamp(1, gpus.len());
+    let mut comm = super::world::world((ranks > 1).then_some(ranks as u32))?;
+    let rank = comm.rank();
+    let options = DeviceOptions { device: Device::Cuda, hidden, ..DeviceOptions::default() };
+    let device = device::choose(&options, &mut *comm)?;
+    let hardware = device::with_device(&options, &device, comm, Measure { hidden })?;
+    Ok(hardware.filter(|_| rank == 0))
+}
+
+struct Measure {
+    hidden: usize,
+}
+
+impl Task for Measure {
+    type Out = Option<Hardware>;
+
+    fn run<B: Backend + 'static>(self, mut b: B) -> Result<Option<Hardware>> {
+        let rates = b.rates(self.hidden)?;
+        let ranks = b.comm().world();
+        let name = if ranks > 1 { format!("{ranks} × {}", b.describe()) } else { b.describe() };
+        b.into_comm().finish()?;
+        Ok(rates.map(|rates| Hardware::measured(&name, &rates)))
+    }
 }
 
 /// The host's memory in bytes; 16 GB where it does not say.

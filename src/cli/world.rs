@@ -158,6 +158,7 @@ pub fn run(
     if comm.rank() == 0 {
         let mut config = config;
         config.progress = Some(loading_bar());
+        config.note = Some(Arc::new(|line| eprintln!("gqla: {line}")));
         lead(config, comm)
     } else {
         engine::run_worker(config, comm)

@@ -2,9 +2,13 @@
 //!
 //! It is opened at run time through a small table of our own, because the handle is needed for abort and asynchronous
 //! errors, and because the file is called `libnccl.so.2` nearly everywhere.
+//!
+//! Where NCCL has them (2.27 on), buffers that are summed are symmetric windows: memory that every rank registers alike,
+//! so that the kernels read and write the other ranks' copies themselves. `NCCL_WIN_ENABLE=0` leaves them out.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::Communicator;
@@ -31,6 +35,16 @@ functions! {
     }
 }
 
+functions! {
+    /// Those for memory that all ranks register.
+    struct Windows {
+        alloc: c"ncclMemAlloc" fn(*mut u64, usize) -> c_int,
+        free: c"ncclMemFree" fn(u64) -> c_int,
+        register: c"ncclCommWindowRegister" fn(*mut c_void, u64, usize, *mut *mut c_void, c_int) -> c_int,
+        deregister: c"ncclCommWindowDeregister" fn(*mut c_void, *mut c_void) -> c_int,
+    }
+}
+
 /// Element types that are summed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
@@ -43,28 +57,56 @@ pub enum Element {
 /// NCCL's own state, so that errors beyond the immediate ones are found.
 const IN_PROGRESS: c_int = 7;
 const SUM: c_int = 0;
+/// NCCL_WIN_COLL_SYMMETRIC: every rank's window is alike.
+const SYMMETRIC: c_int = 1;
 
 /// One rank's end of an NCCL communicator over the whole world, one GPU a rank.
 pub struct Nccl {
-    api: &'static Api,
-    handle: *mut c_void,
+    end: Arc<End>,
     rank: usize,
+    windows: bool,
 }
 
-// SAFETY: the handle is used from one thread at a time.
-unsafe impl Send for Nccl {}
+/// What registered memory shares with the communicator, which may end before it.
+struct End {
+    api: &'static Api,
+    /// Null once the communicator has ended.
+    handle: AtomicPtr<c_void>,
+}
+
+/// Memory of NCCL's that all ranks have registered.
+pub(crate) struct Window {
+    end: Arc<End>,
+    windows: &'static Windows,
+    at: u64,
+    /// Null where NCCL takes no windows.
+    window: AtomicPtr<c_void>,
+}
 
 fn api() -> Result<&'static Api> {
-    static API: OnceLock<Result<Api>> = OnceLock::new();
-    let api = API.get_or_init(|| {
+    loaded().map(|(api, _)| api)
+}
+
+/// NCCL, and its windows where it has them.
+fn loaded() -> Result<(&'static Api, Option<&'static Windows>)> {
+    static LOADED: OnceLock<Result<(Api, Option<Windows>)>> = OnceLock::new();
+    let loaded = LOADED.get_or_init(|| {
         if std::env::var_os("NCCL_NVLS_ENABLE").is_none() {
             // SAFETY: before NCCL is opened, by the thread that loads the rank. NVLink multicast can leave a shared
             // host's GPUs unusable when a process dies, so it is only used where the user asks for it.
             unsafe { std::env::set_var("NCCL_NVLS_ENABLE", "0") };
         }
-        Api::load(&library::open(&library::NCCL)?)
+        let library = library::open(&library::NCCL)?;
+        let api = Api::load(&library)?;
+        let mut version = 0;
+        // SAFETY: an out-parameter.
+        unsafe { (api.version)(&mut version) };
+        if version < 21000 {
+            return Err(library.too_old(&format!("it is version {version}, without sums in bf16")));
+        }
+        Ok((api, Windows::load(&library).ok()))
     });
-    api.as_ref().map_err(Clone::clone)
+    loaded.as_ref().map(|(api, windows)| (api, windows.as_ref())).map_err(Clone::clone)
 }
 
 /// NCCL's version, 22809 for 2.28.9.
@@ -78,6 +120,12 @@ pub fn version() -> Result<usize> {
     Ok(version as usize)
 }
 
+/// The version as people write it, "2.28.9".
+pub(crate) fn version_text() -> String {
+    let v = version().unwrap_or(0);
+    format!("{}.{}.{}", v / 10000, v / 100 % 100, v % 100)
+}
+
 impl Nccl {
     /// Joins the world of `comm`: rank 0 makes the id and broadcasts it. The rank's GPU is current on this thread.
     ///
@@ -88,9 +136,6 @@ impl Nccl {
         let api = api();
         super::agree(comm, "NCCL's presence", u64::from(api.is_ok()))?;
         let api = api?;
-        if version()? < 21000 {
-            return Err(Error::Device(format!("NCCL {} has no bf16 sums: install 2.24 or newer", version()?)));
-        }
         let mut id = UniqueId([0; 128]);
         if comm.rank() == 0 {
             // SAFETY: an out-parameter.
@@ -106,25 +151,59 @@ impl Nccl {
         let (world, rank) = (comm.world() as c_int, comm.rank() as c_int);
         // SAFETY: an out-parameter and an id by value.
         check(api, unsafe { (api.init)(&mut handle, world, id, rank) }, null(), "joining the ranks")?;
-        Ok(Nccl { api, handle, rank: comm.rank() })
+        let end = Arc::new(End { api, handle: AtomicPtr::new(handle) });
+        let mut nccl = Nccl { end, rank: comm.rank(), windows: false };
+        // A small one first: all ranks have windows or none has.
+        let tried = nccl.window(1 << 20).is_ok_and(|w| w.is_some_and(|w| w.is_registered()));
+        let mut everyone = vec![0; comm.world()];
+        comm.all_gather(&[u8::from(tried)], &mut everyone)?;
+        nccl.windows = everyone.iter().all(|&has| has == 1);
+        Ok(nccl)
+    }
+
+    fn handle(&self) -> *mut c_void {
+        self.end.handle.load(Ordering::Relaxed)
+    }
+
+    /// Whether summed buffers are symmetric windows.
+    pub fn has_windows(&self) -> bool {
+        self.windows
+    }
+
+    /// Memory for a buffer that will be summed, `None` where there are no windows. Every rank calls it alike.
+    pub(crate) fn summed(&self, bytes: usize) -> Result<Option<Window>> {
+        if self.windows { self.window(bytes) } else { Ok(None) }
+    }
+
+    fn window(&self, bytes: usize) -> Result<Option<Window>> {
+        let (api, Some(windows)) = loaded()? else { return Ok(None) };
+        let (mut at, mut window) = (0, null());
+        // SAFETY: an out-parameter; then memory of that size, and a live communicator.
+        unsafe {
+            check(api, (windows.alloc)(&mut at, bytes), null(), "allocating a window")?;
+            let status = (windows.register)(self.handle(), at, bytes, &mut window, SYMMETRIC);
+            let made = Window { end: self.end.clone(), windows, at, window: AtomicPtr::new(window) };
+            check(api, status, self.handle(), "registering a window")?;
+            Ok(Some(made))
+        }
     }
 
     /// Enqueues the sum over all ranks of `count` elements at `at`, in place; bitwise equal everywhere.
     pub(crate) fn all_reduce(&self, at: u64, count: usize, element: Element, stream: *mut c_void) -> Result<()> {
         // SAFETY: memory of `count` elements on this rank's GPU, a live communicator and stream.
-        let status = unsafe { (self.api.all_reduce)(at, at, count, element as c_int, SUM, self.handle, stream) };
-        check(self.api, status, self.handle, "all-reduce")
+        let status = unsafe { (self.end.api.all_reduce)(at, at, count, element as c_int, SUM, self.handle(), stream) };
+        check(self.end.api, status, self.handle(), "all-reduce")
     }
 
     /// An error that has come up since, in a kernel or a link; the watchdog polls it.
     pub fn poll(&self) -> Result<()> {
         let mut status = 0;
         // SAFETY: an out-parameter.
-        unsafe { (self.api.async_error)(self.handle, &mut status) };
+        unsafe { (self.end.api.async_error)(self.handle(), &mut status) };
         if status == IN_PROGRESS {
             return Ok(());
         }
-        check(self.api, status, self.handle, "a rank or a link failed").map_err(|e| match e {
+        check(self.end.api, status, self.handle(), "a rank or a link failed").map_err(|e| match e {
             Error::Device(what) => Error::Rank { rank: self.rank, what },
             other => other,
         })
@@ -132,19 +211,19 @@ impl Nccl {
 
     /// Ends kernels that wait for other ranks; nothing more can be summed.
     pub fn abort(&mut self) {
-        let handle = std::mem::replace(&mut self.handle, null());
+        let handle = self.end.handle.swap(null(), Ordering::Relaxed);
         if !handle.is_null() {
             // SAFETY: a live communicator, given up here.
-            unsafe { (self.api.abort)(handle) };
+            unsafe { (self.end.api.abort)(handle) };
         }
     }
 
     /// Leaves in good order; every rank calls it, with nothing enqueued.
-    pub fn finish(mut self) {
-        let handle = std::mem::replace(&mut self.handle, null());
+    pub fn finish(self) {
+        let handle = self.end.handle.swap(null(), Ordering::Relaxed);
         if !handle.is_null() {
             // SAFETY: a live communicator, given up here.
-            unsafe { (self.api.destroy)(handle) };
+            unsafe { (self.end.api.destroy)(handle) };
         }
     }
 }
@@ -152,6 +231,30 @@ impl Nccl {
 impl Drop for Nccl {
     fn drop(&mut self) {
         self.abort();
+    }
+}
+
+impl Window {
+    /// Its address on the GPU.
+    pub fn at(&self) -> u64 {
+        self.at
+    }
+
+    fn is_registered(&self) -> bool {
+        !self.window.load(Ordering::Relaxed).is_null()
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        let (handle, window) = (self.end.handle.load(Ordering::Relaxed), self.window.load(Ordering::Relaxed));
+        // SAFETY: ours, and the owner has waited for what used it. A communicator that has ended took its windows along.
+        unsafe {
+            if !handle.is_null() && !window.is_null() {
+                (self.windows.deregister)(handle, window);
+            }
+            (self.windows.free)(self.at);
+        }
     }
 }
 

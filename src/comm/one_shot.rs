@@ -4,12 +4,13 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use cudarc::driver::sys;
 
 use super::Communicator;
 use crate::backend::cuda::Memory;
-use crate::backend::cuda::context::{Gpu, check, null};
+use crate::backend::cuda::context::{Gpu, Pinned, check, null};
 use crate::error::Result;
 
 /// Ranks that `kernels/one_shot_all_reduce.cu` has room for.
@@ -23,6 +24,8 @@ pub struct OneShot {
     /// This rank's slots.
     _memory: Memory,
     calls: Memory,
+    /// Two words that the kernels look at while they wait: leave; 1 + the rank that was waited for.
+    stop: Pinned,
     /// Addresses of every rank's slots, this rank's own among them.
     slots: [u64; MAX_WORLD],
     /// Those that came through an IPC handle.
@@ -55,6 +58,7 @@ impl OneShot {
         // A word and its flag take twice the room of the data; two halves; one slot a rank.
         let memory = Memory::new(gpu, (2 * MOST_BYTES * 2 * world).next_multiple_of(2 << 20))?;
         let calls = Memory::new(gpu, 4 * MOST_BYTES / 16)?;
+        let stop = Pinned::new(gpu, 8)?;
         gpu.synchronize()?;
         let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
         // SAFETY: an out-parameter, and the base of an allocation.
@@ -71,6 +75,7 @@ impl OneShot {
             gpu: gpu.clone(),
             _memory: memory,
             calls,
+            stop,
             slots: [0; MAX_WORLD],
             opened: vec![],
             rank,
@@ -137,6 +142,21 @@ impl OneShot {
     /// The calls counted by row.
     pub fn calls(&self) -> u64 {
         self.calls.at()
+    }
+
+    /// The stop words' address, the same on the GPU.
+    pub fn stop_words(&self) -> u64 {
+        self.stop.words().as_ptr() as u64
+    }
+
+    /// Ends kernels that wait for another rank, within milliseconds. Nothing is summed right from then on.
+    pub fn stop(&self) {
+        self.stop.words()[0].store(1, Relaxed);
+    }
+
+    /// The rank that a kernel waited for when it was stopped.
+    pub fn late(&self) -> Option<usize> {
+        (self.stop.words()[1].load(Relaxed) as usize).checked_sub(1)
     }
 
     /// This rank and the world size.

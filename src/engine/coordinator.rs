@@ -249,7 +249,7 @@ impl Coordinator {
         self.tell(&message)?;
         let Message::Step(step) = message else { return Ok(()) };
         let mut outputs = self.runner.execute(&step)?.clone();
-        let reduce = self.runner.reduce_time();
+        let reduce = self.runner.reduce_time().unwrap_or_default();
         self.shared.beat_ends();
         self.shared.blocks(self.scheduler.blocks(), self.scheduler.counts());
         // Counted before anyone hears of the tokens, so that who has heard finds them counted.

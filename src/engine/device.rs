@@ -83,7 +83,7 @@ pub fn choose(options: &DeviceOptions, comm: &mut dyn Communicator) -> Result<Ch
     if options.device == Device::Cpu {
         return Ok(Chosen::Cpu(None));
     }
-    let found = cuda::available();
+    let found = cuda::usable(comm.world() > 1 && !options.share_gpus);
     if options.device == Device::Cuda {
         return found.map(Chosen::Cuda);
     }

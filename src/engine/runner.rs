@@ -14,8 +14,8 @@ pub trait Run: Send {
     fn execute(&mut self, step: &Step) -> Result<&Outputs>;
     /// The control plane.
     fn comm(&mut self) -> &mut dyn Communicator;
-    /// Time spent in all-reduces since the last call.
-    fn reduce_time(&mut self) -> Duration;
+    /// Time spent in all-reduces since the last call, where it can be told.
+    fn reduce_time(&mut self) -> Option<Duration>;
     /// What the caches of all layers really take, in bytes.
     fn cache_bytes(&self) -> usize;
     /// For benchmarks: the device's memory bandwidth, measured now.
@@ -144,7 +144,7 @@ impl<B: Backend + 'static> Run for Runner<B> {
         self.backend.comm()
     }
 
-    fn reduce_time(&mut self) -> Duration {
+    fn reduce_time(&mut self) -> Option<Duration> {
         self.backend.reduce_time()
     }
 
@@ -157,6 +157,9 @@ impl<B: Backend + 'static> Run for Runner<B> {
     }
 
     fn finish(self: Box<Self>) -> Result<()> {
-        self.backend.into_comm().finish()
+        let Runner { backend, model, .. } = *self;
+        // What the ranks share goes before their ends do.
+        drop(model);
+        backend.into_comm().finish()
     }
 }

@@ -81,7 +81,7 @@ impl Scorer {
     }
 
     /// Time spent in all-reduces since the last call.
-    pub fn reduce_time(&mut self) -> Duration {
+    pub fn reduce_time(&mut self) -> Option<Duration> {
         self.runner.reduce_time()
     }
 

@@ -353,7 +353,7 @@ impl<B: Backend> Activations<B> {
         Ok(Activations {
             x: b.residual(rows, config.hidden)?,
             h: b.tensor(rows, config.hidden)?,
-            partial: b.tensor(rows, config.hidden)?,
+            partial: b.summed(rows, config.hidden)?,
             down: b.tensor(rows, down)?,
             q_latent: when(q_rank > 0, q_rank)?,
             latent: when(s.latent > 0, s.latent)?,

@@ -1,5 +1,7 @@
 //! What the cost model needs to know of a card, and the cards it knows.
 
+use crate::backend::Rates;
+
 /// One rank's device and its links. Figures are peaks from the named source unless the user or a measurement gave them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Hardware {
@@ -36,6 +38,8 @@ struct Card {
 const NVLINK_LATENCY: f64 = 6.4;
 /// The same over PCIe: an assumption (a few times NVLink's), there being no measurement.
 const PCIE_LATENCY: f64 = 20.0;
+/// PCIe Gen4 x16 in one direction.
+const PCIE_LINK: f64 = 32e9;
 
 const CARDS: [Card; 6] = [
     Card {
@@ -140,6 +144,23 @@ impl Hardware {
                 "defaults for a CPU host: 8 GB/s and 60 GFLOP/s (f32) a core, at most 200 GB/s, shared by the ranks"
                     .to_string(),
             ..Hardware::cpu((8e9 * cores).min(200e9) / ranks, 60e9 * cores / ranks, memory / ranks)
+        }
+    }
+
+    /// A device as it was measured. Where sums were not, links are reckoned as PCIe's, which is the same for both paths.
+    pub fn measured(name: &str, rates: &Rates) -> Hardware {
+        let (latency, link) = rates.sums.unwrap_or((PCIE_LATENCY * 1e-6, PCIE_LINK));
+        let links =
+            if rates.sums.is_some() { "bandwidth, product, sums" } else { "bandwidth and product; links assumed" };
+        Hardware {
+            name: name.to_string(),
+            bandwidth: rates.bandwidth,
+            flops: rates.flops,
+            memory: rates.memory,
+            link,
+            latency,
+            element: 2,
+            source: format!("measured here: {links}"),
         }
     }
 

@@ -79,6 +79,75 @@ fn collect(mut from: impl Read + Send + 'static) -> Receiver<String> {
     receiver
 }
 
+/// A command under mpirun that runs for long enough to be disturbed.
+pub struct Run {
+    child: Child,
+    stderr: std::thread::JoinHandle<String>,
+}
+
+impl Run {
+    /// How long a rank may take to appear.
+    const APPEARS: Duration = Duration::from_secs(10);
+
+    pub fn start(command: &mut Command) -> Run {
+        let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let mut stderr = child.stderr.take().unwrap();
+        let stderr = std::thread::spawn(move || {
+            let mut text = vec![];
+            let _ = stderr.read_to_end(&mut text);
+            String::from_utf8_lossy(&text).into_owned()
+        });
+        Run { child, stderr }
+    }
+
+    /// mpirun's own process.
+    pub fn mpirun(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The process of `rank`, once it has been started.
+    pub fn pid(&self, rank: usize) -> u32 {
+        let mut found = None;
+        until("the rank is there", Run::APPEARS, || {
+            found = pids(self.child.id()).into_iter().find(|(r, _)| *r == rank).map(|p| p.1);
+            found.is_some()
+        });
+        found.unwrap()
+    }
+
+    pub fn all(&self, ranks: usize) -> Vec<u32> {
+        (0..ranks).map(|r| self.pid(r)).collect()
+    }
+
+    /// Waits for the first streamed bytes.
+    pub fn streaming(&mut self) {
+        let mut byte = [0; 16];
+        assert!(self.child.stdout.as_mut().unwrap().read(&mut byte).unwrap() > 0, "nothing was streamed");
+    }
+
+    /// mpirun ends within the limit, unsuccessfully, and no rank is left. Returns its code and stderr.
+    pub fn ends(mut self, ranks: &[u32], limit: Duration) -> (i32, String) {
+        let begin = Instant::now();
+        // What is still streamed must not block the ranks.
+        let mut stdout = self.child.stdout.take().unwrap();
+        std::thread::spawn(move || std::io::copy(&mut stdout, &mut std::io::sink()));
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if begin.elapsed() > limit {
+                let _ = self.child.kill();
+                panic!("mpirun still runs after {limit:?}");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        until("all ranks are gone", limit, || !ranks.iter().any(|p| alive(*p)));
+        assert!(!status.success());
+        (status.code().unwrap_or(-1), self.stderr.join().unwrap())
+    }
+}
+
 /// Sends `signal` ("KILL", "STOP", …) to a process.
 pub fn signal(pid: u32, signal: &str) {
     let status = Command::new("sh").arg("-c").arg(format!("kill -{signal} {pid}")).status().unwrap();

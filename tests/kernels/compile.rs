@@ -9,12 +9,13 @@ use gqla::backend::cuda::{decode_source, expert_constants, prefill_constants, ro
 use gqla::config::{Moe, Scoring};
 
 /// (heads, groups, nope, rope, value, latent) of one rank.
-const SHAPES: [(usize, usize, usize, usize, usize, usize); 12] = [
+const SHAPES: [(usize, usize, usize, usize, usize, usize); 13] = [
     (32, 8, 128, 0, 128, 0),       // LLaMA-3-8B
     (16, 4, 128, 0, 128, 0),       // at W=2
     (128, 8, 128, 64, 128, 512),   // the canonical GQLA shape
     (16, 1, 128, 64, 128, 512),    // at W=8
     (20, 4, 192, 64, 256, 512),    // GLM-4.7-Flash, G=4
+    (10, 2, 192, 64, 256, 512),    // at W=2
     (20, 20, 192, 64, 256, 512),   // as published
     (16, 16, 128, 64, 128, 512),   // DeepSeek-V2-Lite
     (128, 128, 128, 64, 128, 512), // DeepSeek-V3
@@ -57,7 +58,7 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
     for dims in SHAPES {
         let s = shape(dims);
         let int = |x: usize| x as i64;
-        for rows in [1, 2, 4] {
+        for rows in [1, 2, 3, 4] {
             let (src, _, constants) = decode_source(&s, false, rows, hopper);
             add(src, constants);
             add(&source::COMBINE, vec![("DV", int(s.value)), ("SQ", int(rows))]);
@@ -69,7 +70,7 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
         if s.latent == 0 {
             continue;
         }
-        for rows in [1, 2] {
+        for rows in [1, 2, 3, 4] {
             let (src, _, constants) = decode_source(&s, true, rows, hopper);
             add(src, constants);
             add(&source::COMBINE, vec![("DV", int(s.latent)), ("SQ", int(rows))]);

@@ -10,6 +10,7 @@ use gqla::config::ModelConfig;
 use gqla::model::Model;
 use gqla::model::shard::{Path, Shard};
 
+use crate::engine::common;
 use crate::support::*;
 
 const CONTEXT: usize = 512;
@@ -20,9 +21,7 @@ fn load<B: Backend>(b: &B, name: &str, path: Path) -> Model<B> {
 
 /// One rank of a bundled checkpoint or fixture.
 pub fn load_shard<B: Backend>(b: &B, name: &str, path: Path, shard: Shard) -> Model<B> {
-    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-    let bundled = root.join("checkpoints").join(name);
-    let directory = if bundled.exists() { bundled } else { root.join("tests/data/fixtures").join(name) };
+    let directory = common::checkpoint(name).0;
     let config = ModelConfig::load(&directory).unwrap();
     let owned = shard.owned(&config, path).unwrap();
     let checkpoint = Checkpoint::open(&directory).unwrap();

@@ -76,6 +76,19 @@ pub struct Pair {
     pub random: Random,
 }
 
+/// Whether to try few and small cases only, for tools under which kernels run a hundred times slower.
+pub fn small() -> bool {
+    std::env::var_os("GQLA_TEST_SMALL").is_some()
+}
+
+/// Every case, or of many only a few.
+pub fn cases<T>(all: Vec<T>, few: &[usize]) -> Vec<T> {
+    if !small() {
+        return all;
+    }
+    all.into_iter().enumerate().filter(|(i, _)| few.contains(i)).map(|(_, case)| case).collect()
+}
+
 /// Options of the tests' backends.
 pub fn options() -> CudaOptions {
     CudaOptions { max_rows: 700, max_sequences: 24, max_context: 4096, ..CudaOptions::default() }

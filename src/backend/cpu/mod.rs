@@ -505,8 +505,8 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn reduce_time(&mut self) -> Duration {
-        std::mem::take(&mut self.reducing)
+    fn reduce_time(&mut self) -> Option<Duration> {
+        Some(std::mem::take(&mut self.reducing))
     }
 
     fn fitting_blocks(&self, model: &ModelConfig, owned: &Owned, wanted: usize, utilization: f64) -> Result<usize> {

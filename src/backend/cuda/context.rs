@@ -1,12 +1,14 @@
 //! The driver: which GPUs there are, one rank's GPU with its stream, and memory on it.
 
 use std::ffi::c_void;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUresult};
 
 use super::library;
+use crate::comm::nccl::Window;
 use crate::error::{Error, Result};
 
 /// A GPU as the driver describes it.
@@ -45,7 +47,8 @@ fn driver() -> Result<usize> {
         .get_or_init(|| {
             // cudarc looks for libcuda by file name and panics without it; once it is open, wherever it was found, the
             // loader knows it by that name.
-            library::open(&library::DRIVER)?.symbol(c"cuLaunchKernelEx")?;
+            let library = library::open(&library::DRIVER)?;
+            library.symbol(c"cuLaunchKernelEx")?;
             let mut version = 0;
             // SAFETY: the driver is open; these calls take no pointers but the one to `version`.
             unsafe {
@@ -53,8 +56,7 @@ fn driver() -> Result<usize> {
                 check(sys::cuDriverGetVersion(&mut version), "asking the driver's version")?;
             }
             if version < 12000 {
-                let what = format!("the NVIDIA driver is for CUDA {}.{}", version / 1000, version % 1000 / 10);
-                return Err(Error::Device(format!("{what}; 12.0 or newer is needed: update the driver")));
+                return Err(library.too_old(&format!("it is for CUDA {}.{}", version / 1000, version % 1000 / 10)));
             }
             Ok(version as usize)
         })
@@ -110,6 +112,8 @@ pub struct Gpu {
     context: sys::CUcontext,
     device: sys::CUdevice,
     stream: sys::CUstream,
+    /// Bytes that were free when only the context was there.
+    free: usize,
 }
 
 // SAFETY: driver handles may be used from any thread; `attach` makes the context current on the thread that works.
@@ -126,7 +130,7 @@ impl Gpu {
             let remedy = "start fewer ranks on this host, or let ranks share GPUs with --share-gpus (slow, for tests)";
             return Err(Error::Device(format!("{what}: {remedy}")));
         };
-        let (mut context, mut stream, mut device) = (null(), null(), 0);
+        let (mut context, mut stream, mut device, mut free, mut total) = (null(), null(), 0, 0, 0);
         // SAFETY: out-parameters of the right types, in the order the driver wants.
         unsafe {
             check(sys::cuDeviceGet(&mut device, ordinal as i32), "opening the GPU")?;
@@ -134,8 +138,9 @@ impl Gpu {
             check(sys::cuCtxSetCurrent(context), "making the context current")?;
             let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             check(sys::cuStreamCreate(&mut stream, flags), "making a stream")?;
+            check(sys::cuMemGetInfo_v2(&mut free, &mut total), "asking for free memory")?;
         }
-        Ok(Arc::new(Gpu { info, context, device, stream }))
+        Ok(Arc::new(Gpu { info, context, device, stream, free }))
     }
 
     /// Makes the context current on the calling thread; cheap when it is already.
@@ -171,6 +176,11 @@ impl Gpu {
         // SAFETY: out-parameters.
         check(unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }, "asking for free memory")?;
         Ok((free, total))
+    }
+
+    /// Bytes that have gone since the context was made: all of them this rank's, where the GPU is not shared.
+    pub fn taken(&self) -> Result<usize> {
+        Ok(self.free.saturating_sub(self.memory()?.0))
     }
 
     /// Compute capability as one number, 90 on Hopper.
@@ -276,6 +286,15 @@ impl Event {
         check(unsafe { sys::cuEventRecord(self.handle, self.gpu.stream) }, "recording an event")
     }
 
+    /// Whether what was marked has run; nothing marked has.
+    pub fn done(&self) -> Result<bool> {
+        // SAFETY: a live handle.
+        match unsafe { sys::cuEventQuery(self.handle) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            other => check(other, "waiting for an event").map(|()| true),
+        }
+    }
+
     /// Waits for what was marked; nothing if nothing was.
     pub fn wait(&self) -> Result<()> {
         // SAFETY: a live handle.
@@ -303,6 +322,8 @@ pub struct Memory {
     gpu: Arc<Gpu>,
     at: u64,
     bytes: usize,
+    /// NCCL's, where it is memory that ranks sum.
+    window: Option<Window>,
 }
 
 impl Memory {
@@ -334,8 +355,17 @@ impl Memory {
                     bytes.div_ceil(1 << 20)
                 )))
             }
-            other => check(other, "allocating GPU memory").map(|()| Memory { gpu: gpu.clone(), at, bytes }),
+            other => {
+                check(other, "allocating GPU memory").map(|()| Memory { gpu: gpu.clone(), at, bytes, window: None })
+            }
         }
+    }
+
+    /// `bytes` zeroed bytes in a window of NCCL's.
+    pub(crate) fn of_window(gpu: &Arc<Gpu>, window: Window, bytes: usize) -> Result<Memory> {
+        let memory = Memory { gpu: gpu.clone(), at: window.at(), bytes, window: Some(window) };
+        gpu.fill(memory.at, 0, bytes)?;
+        Ok(memory)
     }
 
     /// Its address on the GPU.
@@ -351,10 +381,15 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: allocated by cuMemAlloc in this context, and nobody else frees it. Freeing waits for the GPU's work.
+        // SAFETY: allocated by cuMemAlloc in this context, and nobody else frees it. Freeing waits for the GPU's work; a
+        // window frees itself, and does not.
         unsafe {
             let _ = sys::cuCtxSetCurrent(self.gpu.context);
-            let _ = sys::cuMemFree_v2(self.at);
+            if self.window.is_some() {
+                let _ = sys::cuStreamSynchronize(self.gpu.stream);
+            } else {
+                let _ = sys::cuMemFree_v2(self.at);
+            }
         }
     }
 }
@@ -380,6 +415,12 @@ impl Pinned {
             std::ptr::write_bytes(at.cast::<u8>(), 0, bytes.max(64));
         }
         Ok(Pinned { gpu: gpu.clone(), at, bytes })
+    }
+
+    /// Its bytes as words that the GPU reads and writes at any time.
+    pub fn words(&self) -> &[AtomicU32] {
+        // SAFETY: initialised, aligned to a page, and any bytes are a value.
+        unsafe { std::slice::from_raw_parts(self.at.cast(), self.bytes / size_of::<AtomicU32>()) }
     }
 
     /// Its bytes as numbers; page-aligned.

@@ -112,7 +112,14 @@ functions! {
 /// NVRTC, opened once.
 fn nvrtc() -> Result<&'static Nvrtc> {
     static NVRTC: OnceLock<Result<Nvrtc>> = OnceLock::new();
-    let opened = NVRTC.get_or_init(|| Nvrtc::load(&library::open(&library::NVRTC)?));
+    let opened = NVRTC.get_or_init(|| {
+        let library = library::open(&library::NVRTC)?;
+        let nvrtc = Nvrtc::load(&library)?;
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: out-parameters.
+        unsafe { (nvrtc.version)(&mut major, &mut minor) };
+        if major < 12 { Err(library.too_old(&format!("it is of CUDA {major}.{minor}"))) } else { Ok(nvrtc) }
+    });
     opened.as_ref().map_err(Clone::clone)
 }
 

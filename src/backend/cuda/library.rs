@@ -24,7 +24,7 @@ pub(crate) const DRIVER: Wanted = Wanted {
     name: "NVIDIA driver",
     files: &["libcuda.so.1", "libcuda.so"],
     variable: "GQLA_CUDA",
-    package: "NVIDIA's driver for the GPU (it brings libcuda.so.1)",
+    package: "NVIDIA's driver for CUDA 12.0 or newer (it brings libcuda.so.1)",
     beside: None,
 };
 /// The run-time compiler.
@@ -32,7 +32,7 @@ pub(crate) const NVRTC: Wanted = Wanted {
     name: "NVRTC",
     files: &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"],
     variable: "GQLA_NVRTC",
-    package: "CUDA toolkit's NVRTC, or `pip install nvidia-cuda-nvrtc`",
+    package: "the CUDA toolkit's NVRTC of 12.0 or newer, or `pip install nvidia-cuda-nvrtc`",
     beside: Some("libnvrtc-builtins.so"),
 };
 /// Matrix products.
@@ -40,7 +40,7 @@ pub(crate) const CUBLASLT: Wanted = Wanted {
     name: "cuBLASLt",
     files: &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"],
     variable: "GQLA_CUBLASLT",
-    package: "CUDA toolkit's cuBLAS, or `pip install nvidia-cublas`",
+    package: "the CUDA toolkit's cuBLAS of 12.0 or newer, or `pip install nvidia-cublas`",
     beside: None,
 };
 /// Collectives.
@@ -53,11 +53,12 @@ pub(crate) const NCCL: Wanted = Wanted {
 };
 
 /// An open library; it stays open until the process ends.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct Library {
     handle: *mut c_void,
-    name: &'static str,
-    package: &'static str,
+    wanted: &'static Wanted,
+    /// The path it was opened by, or its name where the loader knew it.
+    found: PathBuf,
 }
 
 // SAFETY: the handle of a library that is never closed; dlsym may be called from any thread.
@@ -70,7 +71,7 @@ unsafe impl Sync for Library {}
 ///
 /// # Errors
 /// [`Error::Device`] naming the library, the places and the package.
-pub(crate) fn open(wanted: &Wanted) -> Result<Library> {
+pub(crate) fn open(wanted: &'static Wanted) -> Result<Library> {
     let mut failures = vec![];
     for candidate in candidates(wanted) {
         if let (true, Some(prefix), Some(directory)) = (candidate.is_absolute(), wanted.beside, candidate.parent()) {
@@ -80,7 +81,7 @@ pub(crate) fn open(wanted: &Wanted) -> Result<Library> {
         }
         let handle = load(&candidate);
         if !handle.is_null() {
-            return Ok(Library { handle, name: wanted.name, package: wanted.package });
+            return Ok(Library { handle, wanted, found: candidate });
         }
         if candidate.is_absolute() {
             failures.push(last_error());
@@ -110,11 +111,15 @@ impl Library {
         // SAFETY: an open library and a C string.
         let address = unsafe { libc::dlsym(self.handle, name.as_ptr()) };
         if address.is_null() {
-            let name = name.to_string_lossy();
-            let what = format!("{} is too old: it has no {name}; install {}", self.name, self.package);
-            return Err(Error::Device(what));
+            return Err(self.too_old(&format!("it has no {}", name.to_string_lossy())));
         }
         Ok(address)
+    }
+
+    /// That the library cannot be used, and `why`.
+    pub fn too_old(&self, why: &str) -> Error {
+        let Wanted { name, package, .. } = self.wanted;
+        Error::Device(format!("{name} ({}) is too old: {why}; install {package}", self.found.display()))
     }
 }
 

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 functions! {
     /// cuBLASLt's functions; status 0 is success.
     struct CublasLt {
+        version: c"cublasLtGetVersion" fn() -> usize,
         create: c"cublasLtCreate" fn(*mut *mut c_void) -> c_int,
         destroy: c"cublasLtDestroy" fn(*mut c_void) -> c_int,
         desc_create: c"cublasLtMatmulDescCreate" fn(*mut *mut c_void, u32, u32) -> c_int,
@@ -83,11 +84,28 @@ fn check(status: c_int, what: &str) -> Result<()> {
     Err(Error::Device(format!("cuBLASLt: {what}: status {status}")))
 }
 
+/// cuBLASLt, opened once.
+fn cublas_lt() -> Result<&'static CublasLt> {
+    static LT: OnceLock<Result<CublasLt>> = OnceLock::new();
+    let lt = LT.get_or_init(|| {
+        let library = library::open(&library::CUBLASLT)?;
+        let lt = CublasLt::load(&library)?;
+        // SAFETY: it takes nothing.
+        let version = unsafe { (lt.version)() };
+        if version < 120_000 { Err(library.too_old(&format!("it is version {version}"))) } else { Ok(lt) }
+    });
+    lt.as_ref().map_err(Clone::clone)
+}
+
+/// cuBLASLt's version, 130100 for 13.1.
+pub(crate) fn version() -> Result<usize> {
+    // SAFETY: it takes nothing.
+    cublas_lt().map(|lt| unsafe { (lt.version)() })
+}
+
 impl Matmul {
     pub fn new(gpu: &Arc<Gpu>) -> Result<Matmul> {
-        static LT: OnceLock<Result<CublasLt>> = OnceLock::new();
-        let lt = LT.get_or_init(|| CublasLt::load(&library::open(&library::CUBLASLT)?));
-        let lt = lt.as_ref().map_err(Clone::clone)?;
+        let lt = cublas_lt()?;
         gpu.attach()?;
         let mut handle = null();
         // SAFETY: an out-parameter.
@@ -96,8 +114,13 @@ impl Matmul {
         Ok(Matmul { gpu: gpu.clone(), lt, handle, workspace, plans: RefCell::default() })
     }
 
-    /// Enqueues a product. `x`, `w`, `bias` and `out` are addresses on the GPU.
-    pub fn product(&self, p: Product, x: u64, w: u64, bias: u64, out: u64) -> Result<()> {
+    /// Enqueues a product of the addresses x, w, bias and out. `settle` waits for the GPU, before candidates are timed.
+    pub fn product(
+        &self,
+        p: Product,
+        (x, w, bias, out): (u64, u64, u64, u64),
+        settle: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         if p.rows == 0 || p.outs == 0 {
             return Ok(());
         }
@@ -109,6 +132,7 @@ impl Matmul {
             std::collections::hash_map::Entry::Vacant(empty) => {
                 let (mut plan, candidates) = self.plan(p, alignment as u32)?;
                 if p.rows <= TIMED_ROWS && candidates.len() > 1 && !self.gpu.recording()? {
+                    settle()?;
                     plan.algo = self.fastest(&plan, &candidates, (x, w, bias, out), p.bias)?;
                 }
                 empty.insert(plan)

@@ -13,6 +13,7 @@ mod load;
 mod matmul;
 mod memory;
 mod ops;
+mod rates;
 mod reduce;
 mod step;
 
@@ -24,7 +25,7 @@ pub use attention::{decode_source, prefill_constants};
 pub use context::{Gpu, GpuInfo, Memory, available};
 pub use experts::{Experts, Routing, expert_constants, route_constants};
 pub use load::{Matrix, Vector};
-pub use memory::{Budget, predict};
+pub use memory::predict;
 
 use self::attention::Attention;
 use self::context::Pinned;
@@ -40,6 +41,9 @@ use crate::comm::Communicator;
 use crate::comm::nccl::{Element, Nccl};
 use crate::comm::one_shot::OneShot;
 use crate::error::{Error, Result};
+
+/// How long kernels that are told to leave may take to do so, and the ranks that are left to meet.
+const LEAVING: Duration = Duration::from_secs(2);
 
 /// What a rank's GPU is made ready for.
 #[derive(Debug, Clone)]
@@ -84,6 +88,41 @@ impl Default for CudaOptions {
             all_reduce: AllReduce::Auto,
         }
     }
+}
+
+/// The GPUs of this machine, where what computing on them needs is there as well: the compiler, cuBLASLt and, if several
+/// ranks sum on GPUs, NCCL.
+///
+/// # Errors
+/// [`Error::Device`] naming what is missing or too old, and what to install.
+pub fn usable(nccl: bool) -> Result<Vec<GpuInfo>> {
+    let gpus = available()?;
+    kernels::compiler_version()?;
+    matmul::version()?;
+    if nccl {
+        crate::comm::nccl::version()?;
+    }
+    Ok(gpus)
+}
+
+/// Versions of what is opened at run time, for reports: empty where there is no driver.
+pub fn versions() -> Vec<(&'static str, String)> {
+    let Ok(gpus) = available() else { return vec![] };
+    let dotted = |major: usize, minor: usize| format!("{major}.{minor}");
+    let mut all = vec![];
+    if let Some(gpu) = gpus.first() {
+        all.push(("cuda_driver", dotted(gpu.driver / 1000, gpu.driver % 1000 / 10)));
+    }
+    if let Ok((major, minor)) = kernels::compiler_version() {
+        all.push(("nvrtc", format!("{major}.{minor}")));
+    }
+    if let Ok(version) = matmul::version() {
+        all.push(("cublaslt", dotted(version / 10000, version % 10000 / 100)));
+    }
+    if crate::comm::nccl::version().is_ok() {
+        all.push(("nccl", crate::comm::nccl::version_text()));
+    }
+    all
 }
 
 /// One rank on one GPU.
@@ -231,9 +270,61 @@ impl CudaBackend {
         Ok(seconds)
     }
 
+    /// Waits for what `done` asks about, for as long as the watchdog allows. Then the sums that wait for another rank are
+    /// ended, and the error names that rank, where the GPU knows it.
+    fn until(&self, done: impl Fn(&Self) -> Result<bool>) -> Result<()> {
+        let bound = self.options.watchdog;
+        if self.reduce.poll(bound, || done(self))? {
+            return Ok(());
+        }
+        let mut rank = self.comm.rank();
+        let mut what = format!("its GPU has waited {} s for the other ranks' part of a step", bound.as_secs_f32());
+        if let Some(one_shot) = &self.one_shot {
+            one_shot.stop();
+            self.reduce.poll(LEAVING, || self.gpu.idle())?;
+            if let Some(late) = one_shot.late() {
+                rank = late;
+                what = format!("its part of a step has not come in {} s", bound.as_secs_f32());
+            }
+        }
+        Err(Error::Rank { rank, what })
+    }
+
+    /// Waits for what is enqueued before something is timed.
+    fn settle(&self) -> Result<()> {
+        if self.reduce.waits() { self.until(|b| b.gpu.idle()) } else { Ok(()) }
+    }
+
+    /// The error of a wait that another rank has spoilt: where it names this rank for want of a better one, the ranks
+    /// that are still there meet, and the one that does not come is named.
+    fn blame(&mut self, e: Error) -> Error {
+        self.reduce.abort();
+        if !matches!(&e, Error::Rank { rank, .. } if *rank == self.comm.rank()) {
+            return e;
+        }
+        self.comm.set_watchdog(LEAVING);
+        match self.comm.barrier() {
+            Err(other @ Error::Rank { .. }) => other,
+            _ => e,
+        }
+    }
+
+    /// Waits until the last step's inputs may be overwritten, bounded by the watchdog.
+    fn wait_for_inputs(&mut self) -> Result<()> {
+        if !self.reduce.waits() {
+            return Ok(());
+        }
+        let waited = self.until(|b| b.inputs.copied());
+        waited.map_err(|e| self.blame(e))
+    }
+
     /// Waits for the step, bounded by the watchdog.
-    fn wait(&self) -> Result<()> {
-        self.reduce.wait(&self.gpu, self.options.watchdog, self.comm.rank())
+    fn wait(&mut self) -> Result<()> {
+        if !self.reduce.waits() {
+            return self.gpu.synchronize();
+        }
+        let waited = self.until(|b| b.gpu.idle());
+        waited.map_err(|e| self.blame(e))
     }
 }
 

@@ -9,9 +9,10 @@ use super::context::{Memory, Pinned, bytes_of, bytes_of_mut};
 use super::graph::{self, Graph};
 use super::kernels::{Launch, arguments, source};
 use super::matmul::Product;
+use super::memory;
 use super::reduce::{self, Reduce};
 use super::{Cache, CudaBackend, Experts, Matrix, RopeTable, Routing, Tensor, Vector, address, cache_bytes, expect};
-use crate::backend::{AttentionShape, Backend, Batch, ExpertSlices, Reduction, View};
+use crate::backend::{AttentionShape, Backend, Batch, Budget, ExpertSlices, Rates, Reduction, View};
 use crate::cache::Layout;
 use crate::checkpoint::Slice;
 use crate::comm::Communicator;
@@ -45,7 +46,7 @@ struct Gemv(u64, u64, u64, u64, i32, i32, i32, i32, i32);
 struct AbsorbProduct(u64, u64, u64, i32, i32, i32, i32);
 #[repr(C)]
 struct OneShotAddNorm {
-    tensors: [u64; 6],
+    tensors: [u64; 7],
     slots: [u64; MAX_WORLD],
     rank: i32,
     world: i32,
@@ -99,7 +100,8 @@ impl CudaBackend {
                 f32_out,
                 bias: bias.is_some(),
             };
-            return self.matmul.product(product, x.at, weight.memory.at(), bias.map_or(0, |b| b.bf16.at()), out.at);
+            let at = (x.at, weight.memory.at(), bias.map_or(0, |b| b.bf16.at()), out.at);
+            return self.matmul.product(product, at, || self.settle());
         }
         self.skinny("gemv", weight, weight.rows, bias, (x, rows), out, f32_out)
     }
@@ -201,6 +203,7 @@ impl CudaBackend {
                 weight.memory.at(),
                 out.at(),
                 one_shot.calls(),
+                one_shot.stop_words(),
             ],
             slots: one_shot.slots(),
             rank: rank as i32,
@@ -256,9 +259,15 @@ impl Backend for CudaBackend {
         Ok(Tensor { memory, rows, cols, element: Element::Bf16 })
     }
 
+    fn summed(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        let rows = rows.max(self.tensor_rows());
+        let memory = self.reduce.memory(&self.gpu, rows * cols * 2)?;
+        Ok(Tensor { memory, rows, cols, element: Element::Bf16 })
+    }
+
     fn residual(&self, rows: usize, cols: usize) -> Result<Tensor> {
         let rows = rows.max(self.tensor_rows());
-        let memory = Memory::new(&self.gpu, rows * cols * 4)?;
+        let memory = self.reduce.memory(&self.gpu, rows * cols * 4)?;
         Ok(Tensor { memory, rows, cols, element: Element::F32 })
     }
 
@@ -308,6 +317,7 @@ impl Backend for CudaBackend {
     }
 
     fn step<F: FnMut(&mut Self) -> Result<()>>(&mut self, program: u32, batch: &Batch, mut body: F) -> Result<()> {
+        self.wait_for_inputs()?;
         let usable = self.options.graphs && self.reduce.on_stream();
         let (most_spans, most_rows) = (self.inputs.spans(), self.tensor_rows());
         let Some(key) = graph::key(program, batch, most_spans, most_rows).filter(|_| usable) else {
@@ -329,6 +339,7 @@ impl Backend for CudaBackend {
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<()> {
+        self.wait_for_inputs()?;
         self.inputs.begin(batch)?;
         self.attention.begin();
         Ok(())
@@ -610,8 +621,22 @@ impl Backend for CudaBackend {
         self.write(x, values)
     }
 
+    fn budget(&self, model: &ModelConfig, owned: &Owned) -> Result<Option<Budget>> {
+        Ok(Some(super::predict(model, owned, &self.options, self.gpu.taken()?)))
+    }
+
+    fn budget_cache(&self, budget: &Budget, blocks: usize) -> usize {
+        memory::cache(budget, blocks)
+    }
+
+    fn memory_taken(&self) -> Result<usize> {
+        // What other ranks take of a shared GPU cannot be told from this one's.
+        if self.options.share_gpus { Ok(0) } else { self.gpu.taken() }
+    }
+
     fn fitting_blocks(&self, model: &ModelConfig, owned: &Owned, wanted: usize, utilization: f64) -> Result<usize> {
-        super::predict(model, owned, &self.options).blocks(&self.gpu, utilization, wanted)
+        let budget = super::predict(model, owned, &self.options, self.gpu.taken()?);
+        memory::blocks(&budget, &self.gpu, utilization, wanted)
     }
 
     fn synchronize(&mut self) -> Result<()> {
@@ -634,7 +659,7 @@ impl Backend for CudaBackend {
     }
 
     fn noise_tensor(&self, rows: usize, cols: usize, seed: u64) -> Result<Tensor> {
-        let tensor = self.tensor(rows, cols)?;
+        let tensor = self.summed(rows, cols)?;
         self.loader.noise(&self.kernels, tensor.at(), (tensor.rows, cols), seed, (0, 0), 1.0)?;
         Ok(tensor)
     }
@@ -655,8 +680,16 @@ impl Backend for CudaBackend {
         Ok((2 * BYTES * COPIES) as f64 / best)
     }
 
-    fn reduce_time(&mut self) -> Duration {
-        std::mem::take(&mut self.waited)
+    fn rates(&mut self, hidden: usize) -> Result<Option<Rates>> {
+        self.measure(hidden).map(Some)
+    }
+
+    fn sums(&self) -> String {
+        self.reduce.describe(self.one_shot.is_some())
+    }
+
+    fn reduce_time(&mut self) -> Option<Duration> {
+        (!self.reduce.waits()).then(|| std::mem::take(&mut self.waited))
     }
 
     fn comm(&mut self) -> &mut dyn Communicator {

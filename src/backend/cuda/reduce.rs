@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::context::{Gpu, Pinned, bytes_of, bytes_of_mut};
+use super::context::{Gpu, Memory, Pinned, bytes_of, bytes_of_mut};
 use crate::comm::Communicator;
-use crate::comm::nccl::{Element, Nccl};
-use crate::error::{Error, Result};
+use crate::comm::nccl::{self, Element, Nccl};
+use crate::error::Result;
 
 /// How this world sums.
 pub(crate) enum Reduce {
@@ -19,6 +19,34 @@ pub(crate) enum Reduce {
 }
 
 impl Reduce {
+    /// `bytes` zeroed bytes for a buffer that will be summed. Every rank calls it alike.
+    pub fn memory(&self, gpu: &Arc<Gpu>, bytes: usize) -> Result<Memory> {
+        let Reduce::Nccl(nccl) = self else { return Memory::new(gpu, bytes) };
+        gpu.attach()?;
+        match nccl.summed(bytes)? {
+            Some(window) => Memory::of_window(gpu, window, bytes),
+            None => Memory::new(gpu, bytes),
+        }
+    }
+
+    /// In words.
+    pub fn describe(&self, one_shot: bool) -> String {
+        match self {
+            Reduce::Alone => "nothing to sum".into(),
+            Reduce::Host => "host memory".into(),
+            Reduce::Nccl(nccl) => {
+                let windows = if nccl.has_windows() { " with registered windows" } else { "" };
+                let few = if one_shot { "one-shot for few rows, else " } else { "" };
+                format!("{few}NCCL {}{windows}", nccl::version_text())
+            }
+        }
+    }
+
+    /// Whether the GPU itself waits for other ranks.
+    pub fn waits(&self) -> bool {
+        matches!(self, Reduce::Nccl(_))
+    }
+
     /// Whether sums can be part of a graph.
     pub fn on_stream(&self) -> bool {
         !matches!(self, Reduce::Host)
@@ -56,23 +84,30 @@ impl Reduce {
         }
     }
 
-    /// Waits until the GPU is done, for at most `bound`: a rank that never comes must not hang the others.
-    pub fn wait(&self, gpu: &Gpu, bound: Duration, rank: usize) -> Result<()> {
-        let Reduce::Nccl(nccl) = self else { return gpu.synchronize() };
+    /// Polls until `done`, for at most `bound`; then false. A link or rank that NCCL knows to have failed is an error.
+    pub fn poll(&self, bound: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<bool> {
         let start = Instant::now();
         let mut polls = 0u32;
-        while !gpu.idle()? {
-            polls += 1;
+        while !done()? {
+            polls = polls.wrapping_add(1);
             if polls.is_multiple_of(1024) {
-                nccl.poll()?;
+                if let Reduce::Nccl(nccl) = self {
+                    nccl.poll()?;
+                }
                 if start.elapsed() > bound {
-                    let what = format!("its GPU has waited {} s for the other ranks' part of a step", bound.as_secs());
-                    return Err(Error::Rank { rank, what });
+                    return Ok(false);
                 }
             }
             std::hint::spin_loop();
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// Ends sums that wait for another rank; there are none from then on.
+    pub fn abort(&mut self) {
+        if let Reduce::Nccl(nccl) = self {
+            nccl.abort();
+        }
     }
 }
 

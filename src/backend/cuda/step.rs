@@ -87,9 +87,9 @@ impl Inputs {
         })
     }
 
-    /// Bytes on the GPU.
-    pub fn bytes(max_rows: usize, max_spans: usize, max_context: usize) -> usize {
-        4 * (4 * max_rows.max(bucket(max_spans)) + bucket(max_spans) * (3 + max_context.div_ceil(BLOCK).max(1)))
+    /// Whether the last step's inputs have been copied, so that the next one's can be written.
+    pub fn copied(&self) -> Result<bool> {
+        self.copied.done()
     }
 
     /// Sequences there is room for.

@@ -72,7 +72,9 @@ impl Task for Sums {
     fn run<B: Backend + 'static>(self, mut b: B) -> Result<Value> {
         let (hidden, world) = (self.args.hidden, b.comm().world());
         let weight = b.vector(&vec![1.0; hidden])?;
-        let mut table = report::table(&["rows", "KiB in bf16", "µs a call (median)"]);
+        let bandwidth = if self.rank == 0 { b.bandwidth()? } else { 1.0 };
+        let head = ["rows", "KiB in bf16", "µs a call (median)", "GB/s in and out", "of copy"];
+        let mut table = report::table(&head);
         let mut out = vec![];
         for (i, &rows) in self.rows.iter().enumerate() {
             let batch = Batch {
@@ -99,14 +101,32 @@ impl Task for Sums {
                 }
             }
             let times = Times::new(&times);
-            let kib = (rows * hidden * 2) as f64 / 1024.0;
-            table.add_row([rows.to_string(), format!("{kib}"), format!("{:.2}", times.median() * 1e6)]);
-            out.push(json!({"rows": rows, "hidden": hidden, "kib_bf16": kib, "time": times.json()}));
+            let bytes = (rows * hidden * 2) as f64;
+            let kib = bytes / 1024.0;
+            // What a rank must send and receive at least.
+            let moved = 4.0 * (world - 1) as f64 / world as f64 * bytes;
+            let rate = moved / times.median();
+            table.add_row([
+                rows.to_string(),
+                format!("{kib}"),
+                format!("{:.2}", times.median() * 1e6),
+                format!("{:.1}", rate / 1e9),
+                format!("{:.3}", rate / bandwidth),
+            ]);
+            out.push(json!({
+                "rows": rows, "hidden": hidden, "kib_bf16": kib, "time": times.json(), "bytes": moved,
+                "bytes_per_s": rate, "fraction_of_copy_bandwidth": rate / bandwidth,
+            }));
         }
-        let mut report = report::header("all-reduce", &b.describe(), 0.0, world);
+        let mut report = report::header("all-reduce", &b.describe(), bandwidth, world);
         if self.rank == 0 {
-            println!("{} | {world} ranks | {CALLS} dependent calls a step\n{table}", b.describe());
+            let (device, sums, rate) = (b.describe(), b.sums(), bandwidth / 1e9);
+            println!(
+                "{device} | {world} ranks, {sums} | copy bandwidth {rate:.1} GB/s | {CALLS} dependent calls a step"
+            );
+            println!("{table}");
         }
+        report["sums"] = json!(b.sums());
         report["all_reduce"] = json!(format!("{:?}", self.args.all_reduce).to_lowercase());
         report["rows"] = json!(out);
         b.into_comm().finish()?;

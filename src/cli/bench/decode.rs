@@ -159,14 +159,14 @@ fn measure(args: &Args, config: &Config, ranks: &mut Scorer, batches: &[usize], 
                 format!("{tokens:.0}"),
                 format!("{:.0}", rate / 1e9),
                 format!("{:.2}", rate / bandwidth),
-                format!("{:.3}", reduce * 1e3),
+                reduce.map_or("in the step".into(), |seconds| format!("{:.3}", seconds * 1e3)),
             ]);
             rows.push(json!({
                 "batch": batch, "context": context, "s_q": args.s_q, "step": times.json(),
                 "tokens_per_s": tokens, "bytes_per_step_per_rank": bytes, "bytes_per_s": rate,
                 "fraction_of_copy_bandwidth": rate / bandwidth, "floor_us": bytes / bandwidth * 1e6,
                 "flops_per_step_per_rank": cost.weights.flops + cost.attention.flops,
-                "attention_intensity": cost.intensity, "all_reduce_us": reduce * 1e6,
+                "attention_intensity": cost.intensity, "all_reduce_us": reduce.map(|seconds| seconds * 1e6),
             }));
             bar.inc(1);
         }
@@ -199,8 +199,8 @@ fn bytes(
     cost::path_cost(model, &hardware, world, info.path, load)
 }
 
-/// Times of decode steps of `batch` sequences at `context`, and the median time in all-reduces.
-fn steps(args: &Args, ranks: &mut Scorer, batch: usize, context: usize) -> Result<(Times, f64)> {
+/// Times of decode steps of `batch` sequences at `context`, and the median time in all-reduces where the host sees it.
+fn steps(args: &Args, ranks: &mut Scorer, batch: usize, context: usize) -> Result<(Times, Option<f64>)> {
     let (vocab, s_q) = (ranks.info().model.vocab, args.s_q as usize);
     let blocks = context.div_ceil(BLOCK);
     // Blocks in random order, as a server that has run for a while hands them out.
@@ -233,8 +233,8 @@ fn steps(args: &Args, ranks: &mut Scorer, batch: usize, context: usize) -> Resul
         let reduce = ranks.reduce_time();
         if i >= warm {
             times.push(took);
-            reduces.push(reduce);
+            reduces.extend(reduce);
         }
     }
-    Ok((Times::new(&times), Times::new(&reduces).median()))
+    Ok((Times::new(&times), (!reduces.is_empty()).then(|| Times::new(&reduces).median())))
 }

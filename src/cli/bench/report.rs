@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::backend::cuda;
 use crate::error::{Error, Result};
 
 /// Times of repeated runs of one thing.
@@ -50,6 +51,7 @@ pub fn header(what: &str, device: &str, bandwidth: f64, world: usize) -> Value {
         "bench": what,
         "device": device,
         "driver": driver(),
+        "versions": std::collections::BTreeMap::from_iter(cuda::versions()),
         "version": env!("CARGO_PKG_VERSION"),
         "commit": commit(),
         "world_size": world,

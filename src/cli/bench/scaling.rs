@@ -50,11 +50,11 @@ pub fn run(args: Args) -> Result<()> {
         return Err(Error::Usage("a scaling curve has one --batch and one --context: give one of each".into()));
     };
     let devices = args.devices.unwrap_or_else(|| devices(&args));
-    let (mut curves, mut all, mut bandwidth) = (vec![], vec![], 1.0);
+    let (mut curves, mut all, mut bandwidth, mut untold) = (vec![], vec![], 1.0, false);
     for path in [Path::Gqa, Path::Absorb] {
         let mut points: Vec<Point> = vec![];
         // Time that ranks add to a step beside their shards, at the largest world really run.
-        let mut exchange = 0.0;
+        let mut exchange = None;
         for world in args.worlds.clone() {
             if !world_sizes(&model, path).contains(&world) {
                 eprintln!("{path} path: {world} ranks do not fit the model; left out");
@@ -67,11 +67,18 @@ pub fn run(args: Args) -> Result<()> {
             let mut step = row["step"]["median_us"].as_f64().unwrap_or(0.0) * 1e-6;
             if projected {
                 let sums = (2 * model.layers + 1) as f64;
-                step += args.all_reduce_us.map_or(exchange, |us| us * 1e-6 * sums);
+                let sums = args.all_reduce_us.map(|us| us * 1e-6 * sums).or(exchange);
+                if sums.is_none() && !untold {
+                    eprintln!(
+                        "no world of several ranks ran: projected points leave the all-reduces out; give --all-reduce-us"
+                    );
+                    untold = true;
+                }
+                step += sums.unwrap_or(0.0);
             } else if world > 1 {
                 let alone = decode(&args, path, world, true, batch, context)?;
                 let shard = alone["rows"][0]["step"]["median_us"].as_f64().unwrap_or(0.0) * 1e-6;
-                exchange = (step - shard).max(0.0);
+                exchange = Some((step - shard).max(0.0));
             }
             bandwidth = report["copy_bandwidth_bytes_per_s"].as_f64().unwrap_or(bandwidth);
             points.push(Point {
@@ -134,6 +141,7 @@ fn decode(args: &Args, path: Path, world: usize, shard_alone: bool, batch: usize
     command.arg("--model").arg(&d.model.model).arg("--json").arg(&out);
     command.args(["--load-format", &name(d.load_format), "--dummy-routing", &name(d.dummy_routing)]);
     command.args(["--device", &name(d.model.device), "--all-reduce", &name(d.model.all_reduce)]);
+    command.args(["--gpu-memory-utilization", &d.model.gpu_memory_utilization.to_string()]);
     if let Some(threads) = d.model.threads {
         command.args(["--threads", &threads.to_string()]);
     }
