@@ -3,8 +3,8 @@
 //! It is opened at run time through a small table of our own, because the handle is needed for abort and asynchronous
 //! errors, and because the file is called `libnccl.so.2` nearly everywhere.
 //!
-//! Where NCCL has them (2.27 on), buffers that are summed are symmetric windows: memory that every rank registers alike,
-//! so that the kernels read and write the other ranks' copies themselves. `NCCL_WIN_ENABLE=0` leaves them out.
+//! Where NCCL has them (2.27 on) and `NCCL_WIN_ENABLE=1` asks for them, buffers that are summed are symmetric windows:
+//! memory that every rank registers alike, so that the kernels read and write the other ranks' copies themselves.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -154,7 +154,8 @@ impl Nccl {
         let end = Arc::new(End { api, handle: AtomicPtr::new(handle) });
         let mut nccl = Nccl { end, rank: comm.rank(), windows: false };
         // A small one first: all ranks have windows or none has.
-        let tried = nccl.window(1 << 20).is_ok_and(|w| w.is_some_and(|w| w.is_registered()));
+        let wanted = std::env::var("NCCL_WIN_ENABLE").is_ok_and(|value| value != "0");
+        let tried = wanted && nccl.window(1 << 20).is_ok_and(|w| w.is_some_and(|w| w.is_registered()));
         let mut everyone = vec![0; comm.world()];
         comm.all_gather(&[u8::from(tried)], &mut everyone)?;
         nccl.windows = everyone.iter().all(|&has| has == 1);

@@ -101,6 +101,9 @@ impl OneShot {
         }
         self.gpu.attach()?;
         if card.process == u64::from(std::process::id()) {
+            if card.ordinal == self.gpu.info.ordinal as u64 {
+                return Ok(());
+            }
             let (mut device, mut context) = (0, null());
             // SAFETY: out-parameters; the context is the other thread's primary one, retained for good.
             unsafe {

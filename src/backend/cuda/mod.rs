@@ -238,6 +238,9 @@ impl CudaBackend {
     /// Sums `rows` rows of a tensor over the ranks.
     fn sum(&mut self, x: &Tensor) -> Result<()> {
         let count = self.inputs.rows * x.cols;
+        if !self.reduce.waits() {
+            self.settle()?;
+        }
         self.waited += self.reduce.all_reduce(&self.gpu, &mut *self.comm, x.at(), count, x.element)?;
         Ok(())
     }
@@ -292,7 +295,12 @@ impl CudaBackend {
 
     /// Waits for what is enqueued before something is timed.
     fn settle(&self) -> Result<()> {
-        if self.reduce.waits() { self.until(|b| b.gpu.idle()) } else { Ok(()) }
+        if self.waits() { self.until(|b| b.gpu.idle()) } else { Ok(()) }
+    }
+
+    /// Whether the GPU itself waits for other ranks.
+    fn waits(&self) -> bool {
+        self.reduce.waits() || self.one_shot.is_some()
     }
 
     /// The error of a wait that another rank has spoilt: where it names this rank for want of a better one, the ranks
@@ -311,7 +319,7 @@ impl CudaBackend {
 
     /// Waits until the last step's inputs may be overwritten, bounded by the watchdog.
     fn wait_for_inputs(&mut self) -> Result<()> {
-        if !self.reduce.waits() {
+        if !self.waits() {
             return Ok(());
         }
         let waited = self.until(|b| b.inputs.copied());
@@ -320,7 +328,7 @@ impl CudaBackend {
 
     /// Waits for the step, bounded by the watchdog.
     fn wait(&mut self) -> Result<()> {
-        if !self.reduce.waits() {
+        if !self.waits() {
             return self.gpu.synchronize();
         }
         let waited = self.until(|b| b.gpu.idle());
@@ -355,10 +363,12 @@ impl Parts {
         };
         let one_shot = match (&reduce, options.all_reduce) {
             (Reduce::Nccl(_), AllReduce::Auto | AllReduce::OneShot) => OneShot::new(&gpu, comm)?,
+            // Slower than host memory there, but the same kernels as between GPUs.
+            (Reduce::Host, AllReduce::OneShot) => OneShot::new(&gpu, comm)?,
             _ => None,
         };
         if options.all_reduce == AllReduce::OneShot && comm.world() > 1 && one_shot.is_none() {
-            let what = "one-shot sums need all ranks on one host, each with a GPU of its own that reaches the others'";
+            let what = "one-shot sums need all ranks on one host, on GPUs that reach each other's memory";
             return Err(Error::Device(format!("{what}: use --all-reduce auto")));
         }
         Ok(Parts { gpu, matmul, inputs, reduce, one_shot })

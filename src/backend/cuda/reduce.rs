@@ -33,6 +33,7 @@ impl Reduce {
     pub fn describe(&self, one_shot: bool) -> String {
         match self {
             Reduce::Alone => "nothing to sum".into(),
+            Reduce::Host if one_shot => "one-shot for few rows, else host memory".into(),
             Reduce::Host => "host memory".into(),
             Reduce::Nccl(nccl) => {
                 let windows = if nccl.has_windows() { " with registered windows" } else { "" };
@@ -42,7 +43,7 @@ impl Reduce {
         }
     }
 
-    /// Whether the GPU itself waits for other ranks.
+    /// Whether these sums make the GPU itself wait for other ranks.
     pub fn waits(&self) -> bool {
         matches!(self, Reduce::Nccl(_))
     }
