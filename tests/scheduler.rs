@@ -341,8 +341,8 @@ impl Run for Fake {
     fn comm(&mut self) -> &mut dyn Communicator {
         &mut self.comm
     }
-    fn reduce_time(&mut self) -> Duration {
-        Duration::ZERO
+    fn reduce_time(&mut self) -> Option<Duration> {
+        None
     }
     fn cache_bytes(&self) -> usize {
         0

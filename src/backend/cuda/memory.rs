@@ -9,8 +9,8 @@ use crate::config::{Attention, Mlp, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::shard::{Owned, Path};
 
-/// What kernels, graphs and cuBLASLt's modules take from the first steps on, as seen on an H200.
-const MODULES: usize = 64 << 20;
+/// What kernels and graphs take from the first steps on, as seen on an H200.
+const MODULES: usize = 4 << 20;
 
 /// Allocations as the driver makes them: large ones in pages of their own, small ones side by side.
 #[derive(Default)]
@@ -23,7 +23,7 @@ impl Pages {
     const PAGE: usize = 2 << 20;
 
     fn add(&mut self, bytes: usize) {
-        if bytes >= Pages::PAGE / 2 {
+        if bytes >= Pages::PAGE {
             self.whole += bytes.next_multiple_of(Pages::PAGE);
         } else {
             self.shared += bytes.next_multiple_of(512);
