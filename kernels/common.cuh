@@ -281,6 +281,7 @@ DEVICE int load_fresh(const int* p) {
   asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+DEVICE float load_fresh(const float* p) { return __int_as_float(load_fresh((const int*)p)); }
 DEVICE int4 load_fresh(const int4* p) {
   int4 v;
   asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];"

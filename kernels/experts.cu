@@ -1,22 +1,21 @@
 // The chosen experts' gated MLPs, from a decode step's one row to a prefill chunk.
-// Rows are first sorted by expert on the device; then each product streams every
-// chosen expert's weights through once for all its rows (up to TOKENS a segment;
-// an expert with more rows has several, whose weights then come from L2). The
-// shared expert is one that every row chose, with weight 1.
+// The router (route.cu) has sorted rows by expert; each product streams every chosen
+// expert's weights through once for all its rows (up to TOKENS a segment; an expert
+// with more rows has several, whose weights then come from L2). The shared expert is
+// one that every row chose, with weight 1.
 //
-// In the order of launches:
-//   experts_plan     grid 1; block 512
+// In the order of launches, on cards later than Hopper (for Hopper see experts_hopper.cu):
 //   experts_gate_up  grid number of multiprocessors; block EXPERTS_THREADS = 384; dynamic shared memory UP_SMEM
 //   experts_down     grid number of multiprocessors; block EXPERTS_THREADS = 384; dynamic shared memory DOWN_SMEM
 //   experts_sum      grid (ceil(HIDDEN / 1024), rows); block 128
 // With overlapping launches experts_down must directly follow experts_gate_up: its
 // loading warps read the plan before grid_wait.
-// Where HIDDEN, WIDTH or SHARED_WIDTH is no multiple of 32, instead of the middle two:
+// Where HIDDEN, WIDTH or SHARED_WIDTH is no multiple of 32, and on older cards, instead of the first two:
 //   experts_gate_up_any, experts_down_any: grid any (4 a multiprocessor); block 256; no dynamic shared memory
 //
 // -D EXPERTS routed ones (at most 1023), TOP_K, HIDDEN, WIDTH of one expert on this rank,
 //    SHARED_WIDTH of the shared one on this rank (0: none)
-//    TOKENS rows a segment: 8 up to 8 rows, 16 for decode batches, 32 for prefill
+//    TOKENS rows a segment: 8 up to 8 rows, else 64
 //    TILE_ROWS, STEP, UP_RING, DOWN_RING, LOADERS tiling, defaults below
 // The module's global ints experts_up_bytes, experts_down_bytes and experts_threads
 // hold the shared memory and the block's size.
@@ -29,9 +28,9 @@ struct Experts {
   const u16* down;            // [EXPERTS, HIDDEN, WIDTH]
   const u16* shared_gate_up;  // [2 * SHARED_WIDTH, HIDDEN] or null
   const u16* shared_down;     // [HIDDEN, SHARED_WIDTH] or null
-  int* count;                 // [2] workspace: segments of routed experts, and of the shared one
-  int4* segments;             // [EXPERTS + 2 + rows * SLOTS / TOKENS] workspace {expert, first position, rows, 0}
-  int* order;                 // [rows * SLOTS] workspace: pair at each position; pair = row * SLOTS + k
+  const int* count;           // [2] segments of routed experts, and of the shared one
+  const int4* segments;       // [EXPERTS + 2 + rows * SLOTS / TOKENS] {expert, first position, rows, 0}
+  const int* order;           // [rows * SLOTS] pair at each position; pair = row * SLOTS + k
   u16* h;                     // [rows * SLOTS, max(WIDTH, SHARED_WIDTH)] workspace, by position
   float* y;                   // [rows * SLOTS, HIDDEN] workspace, by pair
   u16* out;                   // [rows, HIDDEN]
@@ -46,7 +45,7 @@ constexpr int H_WIDTH = WIDTH > SHARED_WIDTH ? WIDTH : SHARED_WIDTH;
 #define TILE_ROWS (SHARED_KIB < 100 || TOKENS <= 8 ? 32 : 64)
 #endif
 #ifndef STEP
-#define STEP (SHARED_KIB < 100 ? (TOKENS <= 32 ? 256 : 128) : TOKENS <= 8 ? 512 : 256)
+#define STEP (SHARED_KIB < 100 ? (TOKENS <= 8 ? 256 : 128) : TOKENS <= 8 ? 512 : 128)
 #endif
 #ifndef LOADERS
 #define LOADERS 3
@@ -68,65 +67,6 @@ constexpr int EXPERTS_THREADS = ExpertsEngine<true>::THREADS;
 extern "C" __device__ int experts_up_bytes = UP_SMEM;
 extern "C" __device__ int experts_down_bytes = DOWN_SMEM;
 extern "C" __device__ int experts_threads = EXPERTS_THREADS;
-
-// Sorts pairs by expert. The order inside an expert is free: each pair's results
-// are the same wherever it stands.
-extern "C" __global__ void __launch_bounds__(512) experts_plan(const Experts a) {
-  __shared__ int counts[EXPERTS + 1], starts[EXPERTS + 1], segs[EXPERTS + 1];
-  const int tid = threadIdx.x;
-  grid_launch_dependents();
-  for (int e = tid; e <= EXPERTS; e += 512) counts[e] = 0;
-  __syncthreads();
-  grid_wait();
-  const int pairs = a.rows * SLOTS;
-  auto expert_of = [&](int p) {
-    const int row = p / SLOTS, k = p % SLOTS;
-    if (a.ids[row * TOP_K] < 0) return -1;
-    const int e = k < TOP_K ? a.ids[row * TOP_K + k] : EXPERTS;
-    return e <= EXPERTS ? e : -1;
-  };
-  // The first pair of each thread is remembered: in decode there are no more.
-  const int mine = tid < pairs ? expert_of(tid) : -1;
-  if (mine >= 0) atomicAdd(&counts[mine], 1);
-  for (int p = tid + 512; p < pairs; p += 512) {
-    const int e = expert_of(p);
-    if (e >= 0) atomicAdd(&counts[e], 1);
-  }
-  __syncthreads();
-  if (tid < 32) {
-    int at = 0, seg = 0;
-    for (int base = 0; base <= EXPERTS; base += 32) {
-      const int e = base + tid, c = e <= EXPERTS ? counts[e] : 0, s = ceil_div(c, TOKENS);
-      int x = c, y = s;
-#pragma unroll
-      for (int o = 1; o < 32; o <<= 1) {
-        const int u = __shfl_up_sync(0xffffffffu, x, o), v = __shfl_up_sync(0xffffffffu, y, o);
-        if (tid >= o) x += u, y += v;
-      }
-      if (e <= EXPERTS) {
-        starts[e] = at + x - c;
-        segs[e] = seg + y - s;
-      }
-      at += __shfl_sync(0xffffffffu, x, 31);
-      seg += __shfl_sync(0xffffffffu, y, 31);
-    }
-    if (tid == 0) {
-      const int shared = ceil_div(counts[EXPERTS], TOKENS);
-      a.count[0] = seg - shared;
-      a.count[1] = shared;
-    }
-  }
-  __syncthreads();
-  for (int e = tid; e <= EXPERTS; e += 512)
-    for (int i = 0; i < counts[e]; i += TOKENS)
-      a.segments[segs[e] + i / TOKENS] = make_int4(e, starts[e] + i, min(TOKENS, counts[e] - i), 0);
-  __syncthreads();
-  if (mine >= 0) a.order[atomicAdd(&starts[mine], 1)] = tid;
-  for (int p = tid + 512; p < pairs; p += 512) {
-    const int e = expert_of(p);
-    if (e >= 0) a.order[atomicAdd(&starts[e], 1)] = p;
-  }
-}
 
 // All columns of all segments, end to end; each CTA takes an equal share of the
 // weights' bytes. UP: columns are the expert's width, else the hidden size.

@@ -41,7 +41,7 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
     for s in [source::SPLIT_PLAN, source::ABSORB_PLAN, source::SELECT_ROWS, source::SILU_MUL, source::ARGMAX] {
         add(&s, vec![]);
     }
-    for s in [source::EMBED, source::DUMMY_WEIGHTS] {
+    for s in [source::EMBED, source::DUMMY_WEIGHTS, source::EXPERTS_TILE] {
         add(&s, vec![]);
     }
     for width in [192, 2048, 4096, 7168, 77] {
@@ -99,9 +99,13 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
         (moe(160, 6, 8, 3, Scoring::SoftmaxGroupLimited), 5120, 1536, 3072),
         (moe(8, 2, 1, 1, Scoring::NoAuxTc), 128, 16, 0),
     ] {
-        add(&source::ROUTE, route_constants(&moe, hidden));
-        for rows in [1, 16, 64, 512] {
-            add(&source::EXPERTS, expert_constants((moe.experts, moe.top_k, hidden), (width, shared), rows));
+        for rows in [1, 64] {
+            add(&source::ROUTE, route_constants(&moe, hidden, rows));
+            let constants = expert_constants((moe.experts, moe.top_k, hidden), (width, shared), rows);
+            if hopper && [hidden, width, shared].iter().all(|n| n % 64 == 0) {
+                add(&source::EXPERTS_HOPPER, constants.clone());
+            }
+            add(&source::EXPERTS, constants);
         }
     }
     jobs

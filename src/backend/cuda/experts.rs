@@ -11,11 +11,14 @@ use crate::error::{Error, Result};
 
 /// The kernels' parameter blocks, field by field as in `kernels/`.
 #[repr(C)]
-struct Route(u64, u64, u64, u64, u64, u64, u64, i32, f32);
+struct Route([u64; 11], i32, f32);
 #[repr(C)]
 struct ExpertsRun([u64; 13], i32);
+#[repr(C)]
+struct TileJob(u64, u64, i32, i32, i32);
 
-/// The experts of one layer, this rank's columns, bf16.
+/// The experts of one layer, this rank's columns, bf16; on Hopper in tiles (`kernels/experts_tile.cu`), where their
+/// dimensions allow it.
 pub struct Experts {
     /// `[experts, 2·width, hidden]`, gate rows first.
     gate_up: Memory,
@@ -28,18 +31,69 @@ pub struct Experts {
     hidden: usize,
     width: usize,
     shared_width: usize,
+    tiled: bool,
 }
 
-/// Chosen experts and their weights, `[rows, top_k]`.
+/// Chosen experts and their weights, `[rows, top_k]`, and the plan of their products.
 pub struct Routing {
     ids: Memory,
     weights: Memory,
     logits: Memory,
+    arrived: Memory,
+    /// Segments; then each one's expert and rows.
+    count: Memory,
+    segments: Memory,
+    order: Memory,
     /// Experts a token.
     pub top_k: usize,
 }
 
 impl Experts {
+    /// Room for all weights; `widths` of an expert and of the shared one.
+    fn room(gpu: &Arc<Gpu>, moe: &Moe, hidden: usize, (width, shared_width): (usize, usize)) -> Result<Experts> {
+        let memory = |elements: usize| Memory::uninit(gpu, elements * 2);
+        let shared = match shared_width {
+            0 => None,
+            w => Some((memory(2 * w * hidden)?, memory(w * hidden)?)),
+        };
+        Ok(Experts {
+            gate_up: memory(moe.experts * 2 * width * hidden)?,
+            down: memory(moe.experts * width * hidden)?,
+            shared,
+            experts: moe.experts,
+            top_k: moe.top_k,
+            hidden,
+            width,
+            shared_width,
+            tiled: gpu.sm() == 90 && [hidden, width, shared_width].iter().all(|n| n % 64 == 0),
+        })
+    }
+
+    /// Fills every matrix: `rows(expert, up, at)` writes an expert's gate and up rows, or its down rows, at `at`.
+    fn fill(&self, gpu: &Arc<Gpu>, kernels: &Kernels, rows: impl Fn(usize, bool, u64) -> Result<()>) -> Result<()> {
+        let widest = self.width.max(self.shared_width);
+        let plain = Memory::uninit(gpu, if self.tiled { 4 * widest * self.hidden } else { 0 })?;
+        for e in 0..self.experts + usize::from(self.shared.is_some()) {
+            for up in [true, false] {
+                let (memory, n, width) = match &self.shared {
+                    Some((u, d)) if e == self.experts => (if up { u } else { d }, 0, self.shared_width),
+                    _ => (if up { &self.gate_up } else { &self.down }, e, self.width),
+                };
+                let (height, columns) = if up { (2 * width, self.hidden) } else { (self.hidden, width) };
+                let to = memory.at() + (n * height * columns * 2) as u64;
+                if !self.tiled {
+                    rows(e, up, to)?;
+                    continue;
+                }
+                rows(e, up, plain.at())?;
+                let job = TileJob(plain.at(), to, height as i32, columns as i32, i32::from(up));
+                let f = kernels.get(&source::EXPERTS_TILE, "experts_tile", &[])?;
+                kernels.launch(f, Launch::new((height * columns).div_ceil(8 * 256), 256), arguments![job])?;
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn load(
         gpu: &Arc<Gpu>,
         loader: &Loader,
@@ -53,50 +107,37 @@ impl Experts {
         else {
             return Err(Error::Internal(format!("{count} and {downs} experts, not {expected}")));
         };
-        let (hidden, width) = (first.rows(), first.cols());
         let shared_width = slices.down.get(moe.experts).and_then(|d| d.first()).map_or(0, |d| d.cols());
-        let gate_up = Memory::uninit(gpu, moe.experts * 2 * width * hidden * 2)?;
-        let down = Memory::uninit(gpu, moe.experts * width * hidden * 2)?;
-        for e in 0..moe.experts {
-            loader.rows(kernels, &slices.gate_up[e], gate_up.at() + (e * 4 * width * hidden) as u64)?;
-            loader.rows(kernels, &slices.down[e], down.at() + (e * 2 * width * hidden) as u64)?;
+        if shared_width == 0 && moe.shared_width > 0 {
+            return Err(Error::Internal(format!("a rank with none of the shared expert's {} columns", moe.shared_width)));
         }
-        let shared = match shared_width {
-            0 => None,
-            _ => Some((
-                loader.matrix(kernels, &slices.gate_up[moe.experts])?.memory,
-                loader.matrix(kernels, &slices.down[moe.experts])?.memory,
-            )),
-        };
-        Ok(Experts { gate_up, down, shared, experts: moe.experts, top_k: moe.top_k, hidden, width, shared_width })
+        let e = Experts::room(gpu, moe, first.rows(), (first.cols(), shared_width))?;
+        e.fill(gpu, kernels, |expert, up, at| {
+            loader.rows(kernels, &(if up { &slices.gate_up } else { &slices.down })[expert], at)
+        })?;
+        Ok(e)
     }
 
     /// Experts from host memory: per expert gate and up `[2·width, hidden]` and down `[hidden, width]`, the shared last.
     pub(crate) fn from_host(
         gpu: &Arc<Gpu>,
+        kernels: &Kernels,
         gate_up: &[Vec<u16>],
         down: &[Vec<u16>],
         hidden: usize,
         moe: &Moe,
     ) -> Result<Experts> {
-        let copy = |parts: &[Vec<u16>]| {
-            let all = parts.concat();
-            let memory = Memory::uninit(gpu, all.len() * 2)?;
-            gpu.upload(memory.at(), bytes_of(&all))?;
-            gpu.synchronize().map(|()| memory)
-        };
-        let shared = match moe.shared_width {
-            0 => None,
-            _ => Some((copy(&gate_up[moe.experts..])?, copy(&down[moe.experts..])?)),
-        };
-        let (gate_up, down) = (copy(&gate_up[..moe.experts])?, copy(&down[..moe.experts])?);
-        let (width, shared_width) = (moe.width, moe.shared_width);
-        Ok(Experts { gate_up, down, shared, experts: moe.experts, top_k: moe.top_k, hidden, width, shared_width })
+        let e = Experts::room(gpu, moe, hidden, (moe.width, moe.shared_width))?;
+        e.fill(gpu, kernels, |expert, up, at| {
+            gpu.upload(at, bytes_of(&(if up { gate_up } else { down })[expert]))?;
+            gpu.synchronize()
+        })?;
+        Ok(e)
     }
 }
 
-/// The constants of the router.
-pub fn route_constants(moe: &Moe, hidden: usize) -> Vec<(&'static str, i64)> {
+/// The constants of the router for `rows` rows.
+pub fn route_constants(moe: &Moe, hidden: usize, rows: usize) -> Vec<(&'static str, i64)> {
     let scoring = match moe.scoring {
         Scoring::NoAuxTc => 0,
         Scoring::SoftmaxGreedy => 1,
@@ -110,7 +151,14 @@ pub fn route_constants(moe: &Moe, hidden: usize) -> Vec<(&'static str, i64)> {
         ("HIDDEN", hidden as i64),
         ("SCORING", scoring),
         ("NORMALISE", i64::from(moe.normalise)),
+        ("SHARED", i64::from(moe.shared_width > 0)),
+        ("TOKENS", tokens(rows)),
     ]
+}
+
+/// Rows of a segment: an expert with more has several.
+fn tokens(rows: usize) -> i64 {
+    if rows <= 8 { 8 } else { 64 }
 }
 
 /// The constants of the experts' products for `rows` rows, `width` and `shared_width` columns on the rank.
@@ -119,28 +167,29 @@ pub fn expert_constants(
     (width, shared_width): (usize, usize),
     rows: usize,
 ) -> Vec<(&'static str, i64)> {
-    let tokens = match rows {
-        0..=8 => 8,
-        9..=256 => 16,
-        _ => 32,
-    };
     vec![
         ("EXPERTS", experts as i64),
         ("TOP_K", top_k as i64),
         ("HIDDEN", hidden as i64),
         ("WIDTH", width as i64),
         ("SHARED_WIDTH", shared_width as i64),
-        ("TOKENS", tokens),
+        ("TOKENS", tokens(rows)),
     ]
 }
 
 impl Routing {
     pub(crate) fn new(gpu: &Arc<Gpu>, rows: usize, moe: &Moe) -> Result<Routing> {
         let memory = |each: usize| Memory::new(gpu, rows * each * 4);
+        let slots = moe.top_k + usize::from(moe.shared_width > 0);
+        let segments = moe.experts + 2 + (rows * slots).div_ceil(8);
         Ok(Routing {
             ids: memory(moe.top_k)?,
             weights: memory(moe.top_k)?,
             logits: memory(moe.experts)?,
+            arrived: Memory::new(gpu, (1 + rows.div_ceil(4)) * 4)?,
+            count: Memory::new(gpu, 8)?,
+            segments: Memory::new(gpu, segments * 16)?,
+            order: memory(slots)?,
             top_k: moe.top_k,
         })
     }
@@ -162,40 +211,36 @@ impl Routing {
         (x, hidden): (u64, usize),
         (row_seq, rows): (u64, usize),
     ) -> Result<()> {
-        let constants = route_constants(moe, hidden);
         let a = Route(
-            x,
-            gate.memory.at(),
-            bias.map_or(0, |b| b.memory.at()),
-            self.logits.at(),
-            self.ids.at(),
-            self.weights.at(),
-            row_seq,
+            [
+                x,
+                gate.memory.at(),
+                bias.map_or(0, |b| b.memory.at()),
+                self.logits.at(),
+                self.ids.at(),
+                self.weights.at(),
+                row_seq,
+                self.arrived.at(),
+                self.count.at(),
+                self.segments.at(),
+                self.order.at(),
+            ],
             rows as i32,
             moe.scale,
         );
-        let f = kernels.get(&source::ROUTE, "route_logits", &constants)?;
-        let grid = (moe.experts.div_ceil(8), rows.div_ceil(8), 1);
-        kernels.launch(f, Launch { grid, block: 256, ..Launch::default() }, arguments![a])?;
-        let f = kernels.get(&source::ROUTE, "route_choose", &constants)?;
-        kernels.launch(f, Launch::new(rows.div_ceil(4), 128), arguments![a])
+        let f = kernels.get(&source::ROUTE, "route", &route_constants(moe, hidden, rows))?;
+        let grid = (8, rows.div_ceil(4), 1);
+        kernels.launch(f, Launch { grid, block: 256, ..Launch::default() }, arguments![a])
     }
 }
 
-/// What the experts' kernels need between them: pairs sorted by expert, and intermediate rows.
+/// What the experts' kernels need between them.
 #[derive(Default)]
 pub(crate) struct Workspace {
     memory: Option<Memory>,
 }
 
 impl Workspace {
-    /// Bytes for `rows` rows of experts with `slots` a row: count, segments, order, h and y, each 256-byte aligned.
-    fn layout(rows: usize, slots: usize, experts: usize, width: usize, hidden: usize) -> [usize; 5] {
-        let pairs = rows * slots;
-        let segments = experts + 2 + pairs.div_ceil(8);
-        [8, segments * 16, pairs * 4, pairs * width * 2, pairs * hidden * 4].map(|b: usize| b.next_multiple_of(256))
-    }
-
     /// Enqueues the experts of `rows` rows; tells whether the workspace had to grow.
     pub fn run(
         &mut self,
@@ -210,19 +255,14 @@ impl Workspace {
         let dims = (e.experts, e.top_k, e.hidden);
         let constants = expert_constants(dims, (e.width, e.shared_width), rows);
         let slots = e.top_k + usize::from(e.shared_width > 0);
-        let sizes = Workspace::layout(rows, slots, e.experts, e.width.max(e.shared_width), e.hidden);
-        let bytes: usize = sizes.iter().sum();
+        let h_bytes = (rows * slots * e.width.max(e.shared_width) * 2).next_multiple_of(256);
+        let bytes = h_bytes + rows * slots * e.hidden * 4;
         let grow = self.memory.as_ref().is_none_or(|m| m.bytes() < bytes);
         if grow {
             self.memory = None;
             self.memory = Some(Memory::new(gpu, bytes)?);
         }
-        let mut next = self.memory.as_ref().map_or(0, Memory::at);
-        let [count, segments, order, h, y] = sizes.map(|size| {
-            let at = next;
-            next += size as u64;
-            at
-        });
+        let h = self.memory.as_ref().map_or(0, Memory::at);
         let (shared_up, shared_down) = e.shared.as_ref().map_or((0, 0), |(u, d)| (u.at(), d.at()));
         let a = ExpertsRun(
             [
@@ -233,34 +273,37 @@ impl Workspace {
                 e.down.at(),
                 shared_up,
                 shared_down,
-                count,
-                segments,
-                order,
+                routing.count.at(),
+                routing.segments.at(),
+                routing.order.at(),
                 h,
-                y,
+                h + h_bytes as u64,
                 out,
             ],
             rows as i32,
         );
-        let get = |entry| kernels.get(&source::EXPERTS, entry, &constants);
-        kernels.launch(get("experts_plan")?, Launch::new(1, 512), arguments![a])?;
+        let get = |source, entry| kernels.get(source, entry, &constants);
         let streamed = gpu.sm() >= 90 && [e.hidden, e.width, e.shared_width].iter().all(|w| w % 32 == 0);
         let cores = gpu.info.multiprocessors;
-        if streamed {
-            for (i, entry) in ["experts_gate_up", "experts_down"].into_iter().enumerate() {
-                let f = get(entry)?;
-                let exports = f.exports();
-                kernels.launch(f, Launch::new(cores, exports[2]).shared(exports[i]), arguments![a])?;
-            }
-        } else {
-            for entry in ["experts_gate_up_any", "experts_down_any"] {
-                kernels.launch(get(entry)?, Launch::new(4 * cores, 256), arguments![a])?;
-            }
+        let (source, entries) = match (e.tiled, streamed) {
+            (true, _) => (&source::EXPERTS_HOPPER, ["experts_gate_up_hopper", "experts_down_hopper"]),
+            (_, true) => (&source::EXPERTS, ["experts_gate_up", "experts_down"]),
+            _ => (&source::EXPERTS, ["experts_gate_up_any", "experts_down_any"]),
+        };
+        for (i, entry) in entries.into_iter().enumerate() {
+            let f = get(source, entry)?;
+            let exports = f.exports();
+            // Hopper's blocks come in pairs.
+            let launch = match streamed {
+                true => Launch::new(if e.tiled { cores & !1 } else { cores }, exports[2]).shared(exports[i]),
+                false => Launch::new(4 * cores, 256),
+            };
+            kernels.launch(f, launch, arguments![a])?;
         }
         // It reads the choice before it waits, and the plain products do not keep it from starting too early.
         let grid = (e.hidden.div_ceil(1024), rows, 1);
         let sum = Launch { grid, block: 128, serial: !streamed, ..Launch::default() };
-        kernels.launch(get("experts_sum")?, sum, arguments![a])?;
+        kernels.launch(get(&source::EXPERTS, "experts_sum")?, sum, arguments![a])?;
         Ok(grow)
     }
 }

@@ -84,6 +84,10 @@ pub mod source {
         GEMV = "gemv" exports "GEMV_THREADS" "GEMV_SMEM";
         /// The chosen experts.
         EXPERTS = "experts" exports "UP_SMEM" "DOWN_SMEM" "EXPERTS_THREADS";
+        /// The chosen experts on Hopper.
+        EXPERTS_HOPPER = "experts_hopper" after "experts" exports "UP_BYTES" "DOWN_BYTES" "HOPPER_THREADS" on hopper;
+        /// Experts' weights as Hopper's products want them.
+        EXPERTS_TILE = "experts_tile";
         /// The choice of experts.
         ROUTE = "route";
         /// Rows of hidden states.

@@ -736,7 +736,7 @@ impl CudaBackend {
 
     /// Experts from host memory, bf16 bits as [`ExpertSlices`] has them.
     pub fn experts_of(&self, gate_up: &[Vec<u16>], down: &[Vec<u16>], hidden: usize, moe: &Moe) -> Result<Experts> {
-        Experts::from_host(&self.gpu, gate_up, down, hidden, moe)
+        Experts::from_host(&self.gpu, &self.kernels, gate_up, down, hidden, moe)
     }
 
     /// Fills a cache with bytes: NaN from 0xff.
