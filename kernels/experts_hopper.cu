@@ -53,8 +53,8 @@ constexpr int SENT = CLUSTER == 1 ? 0 : TILES * 2 * LIVE * 512;  // half of a pa
 constexpr int PLAN_ROWS = TOKENS, PLAN_SEGMENTS = EXPERTS + 2;
 constexpr int PLAN = PLAN_SEGMENTS * 16 + (2 + PLAN_ROWS * SLOTS) * 4;
 constexpr int HOPPER_THREADS = 128 + 32 + 32 * GATHERERS;
-constexpr int hopper_bytes(int slots) { return slots * SLOT + SENT + slots * 16 + 16 + PLAN; }
-constexpr int UP_BYTES = hopper_bytes(UP_SLOTS), DOWN_BYTES = hopper_bytes(DOWN_SLOTS);
+#define HOPPER_BYTES(slots) ((slots) * SLOT + SENT + (slots) * 16 + 16 + PLAN)
+constexpr int UP_BYTES = HOPPER_BYTES(UP_SLOTS), DOWN_BYTES = HOPPER_BYTES(DOWN_SLOTS);
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 

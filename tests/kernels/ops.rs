@@ -138,6 +138,7 @@ fn routers_and_experts() {
     };
     for (moe, hidden) in [
         (moe(8, 2, 128, 128, 1, 1, Scoring::NoAuxTc), 256),
+        (moe(96, 4, 192, 64, 1, 1, Scoring::NoAuxTc), 320),
         (moe(64, 4, 96, 96, 1, 1, Scoring::NoAuxTc), 512),
         (moe(16, 4, 64, 0, 4, 2, Scoring::NoAuxTc), 128),
         (moe(16, 6, 64, 128, 1, 1, Scoring::SoftmaxGreedy), 128),
@@ -163,7 +164,18 @@ fn routers_and_experts() {
         let (up_rows, down_rows) = (rows(&ups, &|_| hidden), rows(&downs, &|e| widths[e]));
         let ec = p.cpu.experts_of(&up_rows, &down_rows, &moe).unwrap();
         let eg = p.gpu.experts_of(&ups, &downs, hidden, &moe).unwrap();
-        for n in [1, 2, 7, 16, 20, 65, 300] {
+        // With a large bias all rows choose the same experts.
+        let together = bias.as_ref().map(|b| {
+            let all: Vec<f32> = b
+                .iter()
+                .enumerate()
+                .map(|(e, b)| b + if e % 2 == 1 && e <= 2 * moe.top_k { 64.0 } else { 0.0 })
+                .collect();
+            (p.gpu.vector(&all).unwrap(), p.cpu.vector(&all).unwrap())
+        });
+        let (tg, tc) = together.as_ref().map_or((None, None), |(g, c)| (Some(g), Some(c)));
+        let runs = [1, 3, 8, 17, 33, 64, 130, 300].map(|n| [(n, bg.as_ref(), bc.as_ref()), (n, tg, tc)]);
+        for (n, bg, bc) in runs.into_iter().flatten() {
             let spans: Vec<_> = if n <= 20 { vec![(1, 1); n] } else { vec![(n, n)] };
             let batch = p.random.batch(&spans);
             p.begin(&batch);
@@ -171,8 +183,8 @@ fn routers_and_experts() {
             let (xg, xc) = p.tensors(&x, hidden);
             let mut rg = p.gpu.routing(n, &moe).unwrap();
             let mut rc = p.cpu.routing(n, &moe).unwrap();
-            p.gpu.route(&moe, &gg, bg.as_ref(), &xg, &mut rg).unwrap();
-            p.cpu.route(&moe, &gc, bc.as_ref(), &xc, &mut rc).unwrap();
+            p.gpu.route(&moe, &gg, bg, &xg, &mut rg).unwrap();
+            p.cpu.route(&moe, &gc, bc, &xc, &mut rc).unwrap();
             let (ids, weights) = p.gpu.read_routing(&rg, n).unwrap();
             for r in 0..n {
                 let at = r * moe.top_k..(r + 1) * moe.top_k;

@@ -109,7 +109,10 @@ impl Experts {
         };
         let shared_width = slices.down.get(moe.experts).and_then(|d| d.first()).map_or(0, |d| d.cols());
         if shared_width == 0 && moe.shared_width > 0 {
-            return Err(Error::Internal(format!("a rank with none of the shared expert's {} columns", moe.shared_width)));
+            return Err(Error::Internal(format!(
+                "a rank with none of the shared expert's {} columns",
+                moe.shared_width
+            )));
         }
         let e = Experts::room(gpu, moe, first.rows(), (first.cols(), shared_width))?;
         e.fill(gpu, kernels, |expert, up, at| {
