@@ -296,9 +296,8 @@ impl Workspace {
         for (i, entry) in entries.into_iter().enumerate() {
             let f = get(source, entry)?;
             let exports = f.exports();
-            // Hopper's blocks come in pairs.
             let launch = match streamed {
-                true => Launch::new(if e.tiled { cores & !1 } else { cores }, exports[2]).shared(exports[i]),
+                true => Launch::new(cores, exports[2]).shared(exports[i]),
                 false => Launch::new(4 * cores, 256),
             };
             kernels.launch(f, launch, arguments![a])?;
