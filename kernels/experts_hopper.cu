@@ -1,9 +1,9 @@
 // The chosen experts' products for Hopper, from one row to a prefill chunk. This
 // text follows experts.cu, whose parameters and sum it shares.
 //
-// A product is computed with tokens as wgmma's 64 rows and weights as its columns,
-// so that a pass takes any number of 32-row weight tiles, and few tokens cost no
-// more than 64. The weights were brought into the order of shared memory when they
+// Up to 64 tokens are wgmma's 64 rows and weights its columns, so that a pass takes any
+// number of 32-row weight tiles; up to 8 tokens are its columns and weights its rows,
+// which takes half the time. The weights were brought into the order of shared memory when they
 // were loaded (experts_tile.cu), so that one bulk copy brings 32 rows x 64 columns.
 // Tokens' rows are gathered with cp.async. Passes lie end to end over all segments;
 // each CTA takes an equal share of the weights' bytes.
@@ -18,7 +18,8 @@
 // Tried and slower: two CTAs, each with half of the reduction, sharing twice the
 // weight rows (tokens are read from L2 half as often, but the exchange of sums costs
 // more: 3.1 against 4.1 TB/s with every expert chosen); asking L2 for the second
-// product's weights while the first ends (the first ends later).
+// product's weights while the first ends (the first ends later); smaller rings, so that
+// both products fit in a multiprocessor (27.0 against 22.0 us at 64 rows of one choice).
 
 #if TOKENS != 8 && TOKENS != 64
 #error "segments of 8 or 64 tokens"
@@ -41,7 +42,6 @@ constexpr int TILES = 4;                  // of a pass, at most
 constexpr int X_BYTES = TOKENS * 128;     // a panel of a segment's tokens, swizzled
 constexpr int SLOT_W = X_PANELS * X_BYTES;             // where a slot's weights begin
 constexpr int SLOT = SLOT_W + TILES * TILE_BYTES;
-constexpr int LIVE = TOKENS == 8 ? 1 : 4; // warps that have tokens
 // The plan of so few rows is copied to shared memory: there it has few segments.
 constexpr int PLAN_ROWS = TOKENS, PLAN_SEGMENTS = EXPERTS + 2;
 constexpr int PLAN = PLAN_SEGMENTS * 16 + (2 + PLAN_ROWS * SLOTS) * 4;
@@ -51,7 +51,7 @@ constexpr int UP_BYTES = PLAN_AT(UP_SLOTS) + PLAN, DOWN_BYTES = PLAN_AT(DOWN_SLO
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 
-// ---- wgmma: d[64 x 32 NT] += a[64 x 16] b[32 NT x 16]^T, both K-major in shared memory ----
+// ---- wgmma: d[64 x N] += a[64 x 16] b[N x 16]^T, both K-major in shared memory ----
 
 #define ACC4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
 #define ACC16(i) ACC4(i), ACC4((i) + 4), ACC4((i) + 8), ACC4((i) + 12)
@@ -60,6 +60,11 @@ constexpr int UP_BYTES = PLAN_AT(UP_SLOTS) + PLAN, DOWN_BYTES = PLAN_AT(DOWN_SLO
 #define LIST_2 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define LIST_3 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
+DEVICE void wgmma(float (&d)[4], u64 a, u64 b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
+               : ACC4(0)
+               : "l"(a), "l"(b));
+}
 DEVICE void wgmma(float (&d)[32], u64 a, u64 b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LIST_0 ", " LIST_1
                "}, %32, %33, 1, 1, 1, 0, 0;"
@@ -84,8 +89,7 @@ DEVICE void settle(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i += 4) asm volatile("" : ACC4(i)::"memory");
 }
-// K-major, 128-byte swizzle, 8-row groups 1024 bytes apart. With fewer than 64 tokens
-// the groups past them are what follows in shared memory, and so are their sums.
+// K-major, 128-byte swizzle, 8-row groups 1024 bytes apart.
 DEVICE u64 matrix(u32 addr) { return (1ull << 62) | (64ull << 32) | (1ull << 16) | (u64)(addr >> 4); }
 
 DEVICE void prefetch_bulk(const void* p, u32 bytes) {
@@ -208,6 +212,7 @@ DEVICE void load_tokens(const Experts& a, const Plan& plan, u32 base, int warp, 
         x[i] = row + c * 8;
       }
     }
+    if (!UP && ring.slot == 0 && ring.phase == 0) grid_wait();
     for (int k = 0; k < panels; k += stage) {
       mbar_wait(ring.empty(), ring.phase ^ 1);
       u32 to = ring.at();
@@ -224,37 +229,56 @@ DEVICE void load_tokens(const Experts& a, const Plan& plan, u32 base, int warp, 
   }
 }
 
-// One pass of up to NT tiles by the computing warps; past its tiles, the columns are meaningless.
-template <bool UP, int NT, int Slots>
-DEVICE void compute_pass(const Passes<UP>& p, Ring<Slots>& ring) {
-  constexpr int STAGE = X_PANELS < TILES / NT ? X_PANELS : TILES / NT;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, panels = p.panels();
-  float d[NT * 16];
+// A pass's sums of NT tiles and all tokens. With 8 tokens: of 64 weight rows each, this lane
+// has rows 16 warp + lane / 4 (+ 8) and tokens lane % 4 * 2 (+ 1). With 64: this lane has tokens
+// 16 warp + lane / 4 (+ 8) and of each 8 weight rows the columns lane % 4 * 2 (+ 1).
+template <int NT>
+struct Sums {
+  static constexpr int PARTS = TOKENS == 8 ? NT / 2 : 1, EACH = TOKENS == 8 ? 4 : NT * 16;
+  float d[PARTS][EACH];
+  DEVICE_MEMBER void clear() {
 #pragma unroll
-  for (int i = 0; i < NT * 16; i++) d[i] = 0.f;
-  u32 before = 0;
-  for (int i = 0; i < panels; i += STAGE) {
-    mbar_wait(ring.full(), ring.phase);
-    fence_proxy_async();  // tokens came with cp.async
-    wgmma_fence();
-#pragma unroll
-    for (int j = 0; j < STAGE; j++) {
-      if (j > 0 && i + j >= panels) break;
-      const u64 x = matrix(ring.at() + j * X_BYTES), w = matrix(ring.at() + SLOT_W + j * NT * TILE_BYTES);
-#pragma unroll
-      for (int k = 0; k < 4; k++) wgmma(d, x + k * 2, w + k * 2);
-    }
-    wgmma_commit();
-    wgmma_wait<1>();
-    if (i > 0 && lane == 0) mbar_arrive(before);
-    before = ring.empty();
-    ring.advance();
+    for (int i = 0; i < PARTS * EACH; i++) d[i / EACH][i % EACH] = 0.f;
   }
-  wgmma_wait<0>();
-  settle(d);
-  if (lane == 0) mbar_arrive(before);
-  if (warp >= LIVE) return;
+  DEVICE_MEMBER void add(u64 x, u64 w) {
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+      if (TOKENS == 8) wgmma(d[i], w + i * (2 * TILE_BYTES / 16), x);
+      else wgmma(d[i], x, w);
+    }
+  }
+  DEVICE_MEMBER void settled() {
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) settle(d[i]);
+  }
+};
 
+template <bool UP, int NT>
+DEVICE void store_few(const Passes<UP>& p, const float (&d)[NT / 2][4], int warp, int lane) {
+#pragma unroll
+  for (int m = 0; m < NT / 2; m++) {
+    const int tile = m * 2 + warp / 2, g = lane / 4;
+    const bool live = tile < p.tiles;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int t = lane % 4 * 2 + i;
+      if (UP) {
+        // Even g: gates of two columns; up's are with the lane of the next row.
+        const float up0 = __shfl_xor_sync(0xffffffffu, d[m][i], 4), up1 = __shfl_xor_sync(0xffffffffu, d[m][2 + i], 4);
+        u16* h = p.a.h + (size_t)(p.first + t) * H_WIDTH + (p.tile + tile) * 16 + g / 2 * 4 + warp % 2 * 2;
+        if (live && t < p.tokens && g % 2 == 0)
+          *(u32*)h = pack_bf16(silu(d[m][i]) * up0, silu(d[m][2 + i]) * up1);
+      } else if (live && t < p.tokens) {
+        float* y = p.a.y + (size_t)p.pair(t) * HIDDEN + (p.tile + tile) * 32 + warp % 2 * 16 + g;
+        y[0] = d[m][i];
+        y[8] = d[m][2 + i];
+      }
+    }
+  }
+}
+
+template <bool UP, int NT>
+DEVICE void store_many(const Passes<UP>& p, const float (&d)[NT * 16], int warp, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int t = warp * 16 + half * 8 + lane / 4, c = lane % 4;
@@ -281,6 +305,38 @@ DEVICE void compute_pass(const Passes<UP>& p, Ring<Slots>& ring) {
       }
     }
   }
+}
+
+// One pass of up to NT tiles by the computing warps; past its tiles, the sums are meaningless.
+template <bool UP, int NT, int Slots>
+DEVICE void compute_pass(const Passes<UP>& p, Ring<Slots>& ring) {
+  constexpr int STAGE = X_PANELS < TILES / NT ? X_PANELS : TILES / NT;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, panels = p.panels();
+  Sums<NT> sums;
+  sums.clear();
+  u32 before = 0;
+  for (int i = 0; i < panels; i += STAGE) {
+    mbar_wait(ring.full(), ring.phase);
+    fence_proxy_async();  // tokens came with cp.async
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < STAGE; j++) {
+      if (j > 0 && i + j >= panels) break;
+      const u64 x = matrix(ring.at() + j * X_BYTES), w = matrix(ring.at() + SLOT_W + j * NT * TILE_BYTES);
+#pragma unroll
+      for (int k = 0; k < 4; k++) sums.add(x + k * 2, w + k * 2);
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (i > 0 && lane == 0) mbar_arrive(before);
+    before = ring.empty();
+    ring.advance();
+  }
+  wgmma_wait<0>();
+  sums.settled();
+  if (lane == 0) mbar_arrive(before);
+  if constexpr (TOKENS == 8) store_few<UP, NT>(p, sums.d, warp, lane);
+  else store_many<UP, NT>(p, sums.d[0], warp, lane);
 }
 
 template <bool UP, int Slots>
@@ -318,8 +374,7 @@ DEVICE void experts_hopper(const Experts& a) {
     plan = {counts, (const int4*)copy, counts + 2};
   }
   __syncthreads();
-  // experts_down's weights go ahead, everything else needs h.
-  if (!UP && warp != 4) grid_wait();
+  // experts_down waits only where tokens are gathered: its weights go ahead, and sums wait for tokens.
   if (warp == 4) {
     if (lane == 0) load_weights<UP, Slots>(a, plan, base);
   } else if (warp > 4) {
@@ -332,6 +387,8 @@ DEVICE void experts_hopper(const Experts& a) {
       else compute_pass<UP, TILES>(p, ring);
     }
   }
+  // This launch must not end before the one it depends on, even without work.
+  if (!UP) grid_wait();
 }
 #endif
 

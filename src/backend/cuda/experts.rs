@@ -302,7 +302,7 @@ impl Workspace {
             };
             kernels.launch(f, launch, arguments![a])?;
         }
-        // It reads the choice before it waits, and the plain products do not keep it from starting too early.
+        // The plain products do not keep it from starting too early.
         let grid = (e.hidden.div_ceil(1024), rows, 1);
         let sum = Launch { grid, block: 128, serial: !streamed, ..Launch::default() };
         kernels.launch(get(&source::EXPERTS, "experts_sum")?, sum, arguments![a])?;

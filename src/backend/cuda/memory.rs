@@ -141,7 +141,8 @@ fn activations(model: &ModelConfig, owned: &Owned, options: &CudaOptions) -> usi
         tensors(&[2 * width, width]);
     }
     if let Some(moe) = &model.moe {
-        tensors(&[2 * moe.top_k, 2 * moe.top_k, 2 * moe.experts]);
+        let slots = moe.top_k + usize::from(moe.shared_width > 0);
+        tensors(&[2 * moe.top_k, 2 * moe.top_k, 2 * moe.experts, 2 * slots, slots]);
     }
     pages.bytes()
 }
