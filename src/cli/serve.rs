@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use signal_hook::iterator::SignalsInfo;
+use signal_hook::iterator::exfiltrator::origin::WithOrigin;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::world::{self, ModelArgs};
@@ -15,6 +17,9 @@ use crate::engine::setup::Config;
 use crate::engine::{Engine, Stats};
 use crate::error::{Error, Result};
 use crate::server::{self, Limits, Options};
+
+/// Of the time that mpirun leaves, for telling streams of their end and for ending in order.
+const KILL_MARGIN: Duration = Duration::from_millis(500);
 
 /// How log lines are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -27,8 +32,9 @@ enum LogFormat {
 
 /// Serve a model over HTTP in OpenAI's wire format.
 ///
-/// SIGTERM (or ctrl-C, or SIGUSR1, which mpirun passes on to its ranks) finishes what runs, refuses the rest with 503,
-/// and exits with 0; a second one ends at once.
+/// SIGTERM or ctrl-C finishes what runs, refuses the rest with 503, and exits with 0; a second one ends at once. An mpirun
+/// of your own passes SIGUSR1 on to its ranks, which means the same; SIGTERM makes it kill its ranks after two seconds
+/// (--mca odls_base_sigkill_timeout T: after 2 T), which are left to what runs.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     #[command(flatten)]
@@ -81,6 +87,12 @@ pub struct Args {
     /// Alternatives of a log-probability at most
     #[arg(long, value_name = "N", default_value_t = 20)]
     max_logprobs: usize,
+    /// Instructions that a chat template may execute for a request, which bounds its time
+    #[arg(long, value_name = "N", default_value_t = 2_000_000)]
+    max_template_work: u64,
+    /// Bytes that a chat template may write
+    #[arg(long, value_name = "BYTES", default_value_t = 2 << 20)]
+    max_template_bytes: usize,
     /// Prompts of a request at most
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_prompts: usize,
@@ -94,6 +106,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
+    world::supervise(&args.model)?;
     log_to_stderr(args.log_format);
     let mut config = args.model.config();
     config.max_sequences = args.max_sequences as usize;
@@ -114,34 +127,53 @@ fn log_to_stderr(format: LogFormat) {
     };
 }
 
-/// SIGTERM, SIGINT and SIGUSR1, as they come. Ranks other than 0 leave them to rank 0, which tells them when to end.
+/// Requests to end, as they come; each with the time that is left before the process is killed. Ranks other than 0 leave
+/// them to rank 0, which tells them when to end.
 struct Signals {
-    came: UnboundedReceiver<i32>,
+    came: UnboundedReceiver<Duration>,
     serving: Arc<AtomicBool>,
 }
 
 impl Signals {
     fn listen() -> Result<Signals> {
-        use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+        use signal_hook::consts::{SIGCONT, SIGINT, SIGTERM, SIGUSR1};
         let bad = |e| Error::io("signal handler", e);
-        let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGUSR1]).map_err(bad)?;
+        let mut signals = SignalsInfo::<WithOrigin>::new([SIGCONT, SIGINT, SIGTERM, SIGUSR1]).map_err(bad)?;
         let (send, came) = tokio::sync::mpsc::unbounded_channel();
         let serving = Arc::new(AtomicBool::new(false));
         let begun = Arc::clone(&serving);
-        let worker = std::env::var("OMPI_COMM_WORLD_RANK").is_ok_and(|rank| rank != "0");
+        let rank = std::env::var("OMPI_COMM_WORLD_RANK").ok();
+        let (worker, parent) = (rank.as_ref().is_some_and(|rank| rank != "0"), std::os::unix::process::parent_id());
         let watch = move || {
-            for signal in signals.forever() {
+            let mut killing = false;
+            for origin in signals.forever() {
+                let by_mpirun = rank.is_some() && origin.process.is_some_and(|p| p.pid as u32 == parent);
+                let left = match origin.signal {
+                    // The first that a rank hears of a mpirun which is to end.
+                    SIGCONT if by_mpirun => time_to_kill().saturating_sub(KILL_MARGIN),
+                    SIGCONT => continue,
+                    SIGTERM if by_mpirun && killing => continue,
+                    _ => Duration::MAX,
+                };
+                killing |= origin.signal == SIGCONT;
                 if !worker && !begun.load(Ordering::Acquire) {
                     eprintln!("\ngqla: {}", Error::Interrupted);
                     std::process::exit(Error::Interrupted.exit_code());
                 }
                 // On ranks other than 0 nobody receives.
-                let _ = send.send(signal);
+                let _ = send.send(left);
             }
         };
         std::thread::Builder::new().name("gqla-signals".into()).spawn(watch).map_err(bad)?;
         Ok(Signals { came, serving })
     }
+}
+
+/// How long Open MPI lets its ranks live once it has been told to end: it sends SIGCONT at once, SIGTERM after its
+/// `odls_base_sigkill_timeout` (1 s), SIGKILL after as long again.
+fn time_to_kill() -> Duration {
+    let timeout = std::env::var("OMPI_MCA_odls_base_sigkill_timeout").ok().and_then(|t| t.parse().ok()).unwrap_or(1);
+    Duration::from_secs(2 * timeout)
 }
 
 fn lead(args: &Args, config: Config, comm: Box<dyn Communicator>, signals: Signals) -> Result<()> {
@@ -182,6 +214,8 @@ fn serve(
             stops: args.max_stop,
             logit_bias: args.max_logit_bias,
             logprobs: args.max_logprobs,
+            template_work: args.max_template_work,
+            template_bytes: args.max_template_bytes,
             ..Limits::default()
         },
         access_log: !args.no_access_log,
@@ -202,9 +236,8 @@ fn serve(
         let told = Arc::clone(&aborted);
         let drain = Duration::from_secs_f64(args.drain_timeout);
         let stop = async move {
-            if !until_stopped(&abort, &mut signals).await {
-                return;
-            }
+            let Some(left) = until_stopped(&abort, &mut signals).await else { return };
+            let drain = drain.min(left);
             eprintln!("gqla: finishing what runs, for at most {drain:?}; another signal ends it at once");
             abort.close();
             let draining = abort.clone();
@@ -229,14 +262,14 @@ fn serve(
     if stopped_early? { Err(Error::Interrupted) } else { Ok(()) }
 }
 
-/// Waits for a signal (true) or the engine's own end (false).
-async fn until_stopped(engine: &Engine, signals: &mut Signals) -> bool {
+/// Waits for a signal, and gives the time that is left, or for the engine's own end.
+async fn until_stopped(engine: &Engine, signals: &mut Signals) -> Option<Duration> {
     loop {
         tokio::select! {
-            signal = signals.came.recv() => return signal.is_some(),
+            left = signals.came.recv() => return left,
             () = tokio::time::sleep(Duration::from_millis(100)) => {
                 if engine.stopped().is_some() {
-                    return false;
+                    return None;
                 }
             }
         }

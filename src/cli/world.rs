@@ -165,6 +165,19 @@ pub fn run(
     }
 }
 
+/// With `--tp` outside mpirun: runs the ranks under an mpirun of this process's, and ends with them. A server's way,
+/// which lets it be told to end; every other command becomes mpirun, in [`world`].
+pub fn supervise(args: &ModelArgs) -> Result<()> {
+    #[cfg(feature = "mpi")]
+    if let Some(world) = args.tp.filter(|tp| *tp > 1)
+        && crate::comm::launch::launched().is_none()
+    {
+        std::process::exit(crate::comm::launch::supervise(world as usize)?);
+    }
+    let _ = args;
+    Ok(())
+}
+
 /// The ranks: mpirun's, those that `--tp` starts, or this process alone.
 #[cfg(feature = "mpi")]
 pub fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {

@@ -64,6 +64,47 @@ pub fn relaunch(world: usize) -> Result<Infallible> {
     Err(Error::io(command.get_program(), error))
 }
 
+/// As [`relaunch`], but this process stays, so that it can be told to end as one that serves alone: SIGTERM and SIGINT
+/// reach rank 0 as SIGUSR1, which `mpirun` passes on, while it answers the others by killing its ranks. Returns
+/// `mpirun`'s exit code.
+pub fn supervise(world: usize) -> Result<i32> {
+    use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+    let failed = |error| Error::io("mpirun", error);
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGUSR1]).map_err(failed)?;
+    let program = std::env::current_exe().map_err(|error| Error::io("/proc/self/exe", error))?;
+    let mut command = mpirun(world)?;
+    // A group of its own: ctrl-C reaches this process alone.
+    command.arg(program).args(std::env::args_os().skip(1)).process_group(0);
+    // SAFETY: prctl is a plain system call, allowed between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
+            Ok(())
+        })
+    };
+    let mut child = command.spawn().map_err(failed)?;
+    let mpirun = child.id() as libc::pid_t;
+    let (handle, forward) = (signals.handle(), move || {
+        for _ in signals.forever() {
+            // SAFETY: kill takes plain numbers; the child has not been waited for while this thread runs.
+            unsafe { libc::kill(mpirun, libc::SIGUSR1) };
+        }
+    });
+    let forwarder = std::thread::Builder::new().name("gqla-signals".into()).spawn(forward).map_err(failed)?;
+    // Waits without reaping: until the forwarder has ended, the number must stay the child's.
+    // SAFETY: waitid writes to a value that is there.
+    unsafe {
+        let mut info = std::mem::zeroed::<libc::siginfo_t>();
+        while libc::waitid(libc::P_PID, mpirun as libc::id_t, &mut info, libc::WEXITED | libc::WNOWAIT) != 0
+            && std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted
+        {}
+    }
+    handle.close();
+    let _ = forwarder.join();
+    let status = child.wait().map_err(failed)?;
+    Ok(status.code().unwrap_or_else(|| 128 + std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or(0)))
+}
+
 fn find_mpirun() -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).map(|folder| folder.join("mpirun")).find(|file| file.is_file()).ok_or_else(|| {
