@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use async_channel::{Sender, TrySendError};
@@ -27,7 +27,7 @@ pub struct Timing {
 
 impl Default for Timing {
     fn default() -> Timing {
-        Timing { heartbeat: Duration::from_millis(400), grace: Duration::from_millis(300) }
+        Timing { heartbeat: Duration::from_millis(300), grace: Duration::from_millis(300) }
     }
 }
 
@@ -51,8 +51,17 @@ pub struct Job {
     pub events: Sender<Event>,
     /// When it was submitted.
     pub submitted: Instant,
-    /// Tokens of its prompt found in the cache, told to the stream once it runs.
-    pub cached: Arc<AtomicUsize>,
+    /// What its stream can know once it runs.
+    pub start: Arc<Start>,
+}
+
+/// How a request began.
+#[derive(Debug, Default)]
+pub struct Start {
+    /// Tokens of its prompt found in the cache.
+    pub cached: AtomicUsize,
+    /// Microseconds from submission to its first step.
+    pub queued: AtomicU64,
 }
 
 /// A request being served.
@@ -239,7 +248,7 @@ impl Coordinator {
         for id in &plan.began {
             if let Some(active) = self.active.get_mut(id) {
                 active.began = Some(began);
-                active.job.cached.store(self.scheduler.cached(*id), Ordering::Relaxed);
+                self.shared.began(&active.job, self.scheduler.cached(*id));
             }
         }
         let rows = step.tokens.len();
@@ -349,7 +358,7 @@ impl Coordinator {
 
 /// The one terminal event.
 fn finish(shared: &Shared, job: &Job, event: Event) {
-    shared.finished(job, &event);
+    shared.finished(&event);
     // A reader that is gone or has stopped reading loses the event with the stream.
     let _ = send(&job.events, event);
     job.events.close();

@@ -16,7 +16,7 @@ pub mod stats;
 pub mod worker;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ use crossbeam_channel::Sender;
 
 use crate::comm::{Communicator, threads};
 use crate::error::{Error, Result};
-use coordinator::{Command, Coordinator, Job};
+use coordinator::{Command, Coordinator, Job, Start};
 pub use request::{Event, Finished, Logprob, Reason, Request, Sampling, Token};
 use scheduler::{Limits, Scheduler};
 pub use setup::{Config, Info};
@@ -144,14 +144,14 @@ impl Engine {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         // Never more than max_tokens + 2 events, and memory only for those that wait to be read.
         let (events, receiver) = async_channel::unbounded();
-        let (prompt_tokens, cached) = (request.prompt.len(), Arc::default());
-        let job = Job { id, request, events, submitted: Instant::now(), cached: Arc::clone(&cached) };
+        let (prompt_tokens, start) = (request.prompt.len(), Arc::default());
+        let job = Job { id, request, events, submitted: Instant::now(), start: Arc::clone(&start) };
         if self.commands.send(Command::Submit(Box::new(job))).is_err() {
             let why = self.shared.stopped().unwrap_or(Error::Stopped("its thread has ended".into()));
             self.shared.outstanding.fetch_sub(1, Ordering::AcqRel);
             return Err(Refused::Stopped(why));
         }
-        Ok(TokenStream { id, events: receiver, commands: self.commands.clone(), prompt_tokens, cached, done: false })
+        Ok(TokenStream { id, events: receiver, commands: self.commands.clone(), prompt_tokens, start, done: false })
     }
 
     /// What was loaded, and where.
@@ -177,6 +177,11 @@ impl Engine {
     /// Whether every rank answers in time. False while one is lost and not yet given up.
     pub fn answers(&self) -> bool {
         self.shared.answers()
+    }
+
+    /// Requests that run or wait at most; more are refused.
+    pub fn capacity(&self) -> usize {
+        self.bound
     }
 
     /// Whether a request would be queued rather than refused for want of room.
@@ -247,7 +252,7 @@ pub struct TokenStream {
     events: Receiver<Event>,
     commands: Sender<Command>,
     prompt_tokens: usize,
-    cached: Arc<AtomicUsize>,
+    start: Arc<Start>,
     done: bool,
 }
 
@@ -286,7 +291,12 @@ impl TokenStream {
 
     /// Tokens of the prompt, and those of them found in the cache (0 before the first event).
     pub fn prompt_tokens(&self) -> (usize, usize) {
-        (self.prompt_tokens, self.cached.load(Ordering::Relaxed))
+        (self.prompt_tokens, self.start.cached.load(Ordering::Relaxed))
+    }
+
+    /// From submission to the first step (0 before that).
+    pub fn queued(&self) -> Duration {
+        Duration::from_micros(self.start.queued.load(Ordering::Relaxed))
     }
 
     fn note(&mut self, event: Option<Event>) -> Option<Event> {

@@ -8,7 +8,8 @@ use crate::engine::coordinator::Job;
 use crate::engine::request::Event;
 use crate::error::Error;
 
-/// The least time in which a rank has to answer before it is said not to.
+/// The least time in which a rank has to answer before it is said not to. With the coordinator's heartbeat a loss shows
+/// within 0.7 s, unless steps take longer than half of this.
 const PROMPT: Duration = Duration::from_millis(400);
 
 /// A snapshot of the engine.
@@ -40,11 +41,11 @@ pub struct Stats {
     pub step_time: Duration,
     /// The last step's time.
     pub last_step: Duration,
-    /// The slowest step's.
+    /// The slowest late step's: a slow one counts a sixteenth less with every step after it.
     pub slowest_step: Duration,
     /// Of all steps' time, in all-reduces (rank 0's view).
     pub reduce_time: Duration,
-    /// Tokens of finished requests' prompts.
+    /// Tokens of the prompts of requests that have begun.
     pub prompt_tokens: u64,
     /// Of those, found in the cache.
     pub cached_tokens: u64,
@@ -91,7 +92,7 @@ impl Shared {
     }
 
     /// Whether every rank is heard of: the engine runs, and no answer is overdue. A step is overdue at twice the time of
-    /// the slowest before it.
+    /// the slowest late one.
     pub fn answers(&self) -> bool {
         let bound = PROMPT.max(2 * lock(&self.stats).slowest_step);
         self.stopped().is_none() && self.unanswered() < bound
@@ -140,7 +141,7 @@ impl Shared {
         let mut s = lock(&self.stats);
         s.step_time += time;
         s.last_step = time;
-        s.slowest_step = s.slowest_step.max(time);
+        s.slowest_step = time.max(s.slowest_step - s.slowest_step / 16);
     }
 
     pub(super) fn first_token(&self, after: Duration) {
@@ -149,15 +150,20 @@ impl Shared {
         s.first_tokens += 1;
     }
 
-    pub(super) fn finished(&self, _job: &Job, event: &Event) {
+    /// A request's first step has been planned; `cached` tokens of its prompt were there.
+    pub(super) fn began(&self, job: &Job, cached: usize) {
+        job.start.cached.store(cached, Ordering::Relaxed);
+        job.start.queued.store(job.submitted.elapsed().as_micros() as u64, Ordering::Relaxed);
+        let mut s = lock(&self.stats);
+        s.prompt_tokens += job.request.prompt.len() as u64;
+        s.cached_tokens += cached as u64;
+    }
+
+    pub(super) fn finished(&self, event: &Event) {
         self.outstanding.fetch_sub(1, Ordering::AcqRel);
         let mut s = lock(&self.stats);
         match event {
-            Event::Finished(f) => {
-                s.finished += 1;
-                s.prompt_tokens += f.prompt_tokens as u64;
-                s.cached_tokens += f.cached_tokens as u64;
-            }
+            Event::Finished(_) => s.finished += 1,
             _ => s.failed += 1,
         }
     }

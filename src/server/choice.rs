@@ -1,7 +1,7 @@
 //! One choice of a response while it is generated, and all of them side by side.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, SelectAll, Stream, StreamExt};
 
@@ -45,6 +45,7 @@ pub struct Choice {
     writer: Writer,
     metrics: Arc<Metrics>,
     submitted: Instant,
+    first: Option<Instant>,
     last: Option<Instant>,
     tokens: usize,
 }
@@ -52,7 +53,7 @@ pub struct Choice {
 impl Choice {
     /// A choice that has been submitted.
     pub fn new(index: usize, prompt: usize, stream: TokenStream, writer: Writer, metrics: Arc<Metrics>) -> Choice {
-        Choice { index, prompt, stream, writer, metrics, submitted: Instant::now(), last: None, tokens: 0 }
+        Choice { index, prompt, stream, writer, metrics, submitted: Instant::now(), first: None, last: None, tokens: 0 }
     }
 
     /// The next thing worth telling; an end or an error is the last.
@@ -64,7 +65,10 @@ impl Choice {
                     self.tokens += 1;
                     let now = Instant::now();
                     match self.last.replace(now) {
-                        None => self.metrics.first_token(now - self.submitted),
+                        None => {
+                            self.first = Some(now);
+                            self.metrics.first_token(now - self.submitted);
+                        }
                         Some(last) => self.metrics.next_token(now - last),
                     }
                     let (piece, stopped) = self.writer.push(token)?;
@@ -72,7 +76,9 @@ impl Choice {
                         // The stream is dropped after this, which cancels what the engine would go on to generate.
                         let (prompt_tokens, cached_tokens) = self.stream.prompt_tokens();
                         let end = End { reason: "stop", prompt_tokens, cached_tokens, tokens: self.tokens };
-                        self.metrics.stopped(&end, self.submitted.elapsed());
+                        let begun = self.first.map_or(Duration::ZERO, |first| first - self.submitted);
+                        let total = self.submitted.elapsed();
+                        self.metrics.finished("stop", self.tokens, self.stream.queued(), begun, total);
                         return Ok(Out::End(piece, end));
                     }
                     if !piece.is_empty() {
@@ -96,7 +102,7 @@ impl Choice {
             Reason::Stop => "stop",
             Reason::Length => "length",
         };
-        self.metrics.finished(finished, reason);
+        self.metrics.finished(reason, finished.tokens, finished.queued, finished.ttft, finished.total);
         let end = End {
             reason,
             prompt_tokens: finished.prompt_tokens,

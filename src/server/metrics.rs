@@ -6,8 +6,7 @@ use std::fmt::Write;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use super::choice::End;
-use crate::engine::{Finished, Info, Stats};
+use crate::engine::{Info, Stats};
 
 /// Upper bounds in seconds.
 const LONG: &[f64] =
@@ -101,22 +100,15 @@ impl Metrics {
         self.measured().inter_token.add(after);
     }
 
-    /// A choice ended of itself.
-    pub fn finished(&self, finished: &Finished, reason: &'static str) {
+    /// A choice ended well. The times are from its submission: to its first step, its first token, its end.
+    pub fn finished(&self, reason: &'static str, tokens: usize, queued: Duration, first: Duration, total: Duration) {
         let mut m = self.measured();
         *m.success.entry(reason).or_default() += 1;
-        m.end_to_end.add(finished.total);
-        m.queue.add(finished.queued);
-        if finished.tokens > 1 {
-            m.per_token.add((finished.total - finished.ttft) / (finished.tokens - 1) as u32);
-        }
-    }
-
-    /// A choice ended at a stop string.
-    pub fn stopped(&self, _end: &End, total: Duration) {
-        let mut m = self.measured();
-        *m.success.entry("stop").or_default() += 1;
         m.end_to_end.add(total);
+        m.queue.add(queued);
+        if tokens > 1 {
+            m.per_token.add(total.saturating_sub(first) / (tokens - 1) as u32);
+        }
     }
 
     /// A choice failed.
@@ -137,7 +129,7 @@ impl Metrics {
         one("num_requests_waiting", "gauge", "Sequences waiting for blocks or a slot.", s.waiting as f64);
         one("kv_cache_usage_perc", "gauge", "Part of the cache in use, 1 is all.", usage);
         one("kv_cache_capacity_tokens", "gauge", "Tokens that the cache holds.", self.cache_tokens as f64);
-        one("prompt_tokens_total", "counter", "Tokens of finished prompts.", s.prompt_tokens as f64);
+        one("prompt_tokens_total", "counter", "Tokens of prompts that have begun.", s.prompt_tokens as f64);
         one("generation_tokens_total", "counter", "Tokens generated.", s.generated_tokens as f64);
         one("prefix_cache_queries_total", "counter", "Prompt tokens looked up in the cache.", s.prompt_tokens as f64);
         one("prefix_cache_hits_total", "counter", "Of those, found.", s.cached_tokens as f64);
@@ -175,7 +167,8 @@ impl Metrics {
         for (name, help, h) in [
             ("time_to_first_token_seconds", "From submission to the first token.", &m.ttft),
             ("inter_token_latency_seconds", "Between a choice's tokens.", &m.inter_token),
-            ("time_per_output_token_seconds", "A choice's mean time a token after the first.", &m.per_token),
+            ("time_per_output_token_seconds", "The same by vLLM's earlier name.", &m.inter_token),
+            ("request_time_per_output_token_seconds", "A choice's mean time a token after the first.", &m.per_token),
             ("e2e_request_latency_seconds", "From submission to the end.", &m.end_to_end),
             ("request_queue_time_seconds", "From submission to the first step.", &m.queue),
         ] {

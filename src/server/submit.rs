@@ -56,6 +56,8 @@ pub fn submit(server: &Server, common: &Common, order: &Order) -> Result<Vec<Cho
     }
     at_most("n", n, limits.n)?;
     at_most("prompt", order.prompts.len(), limits.prompts)?;
+    // More than the whole queue would be refused for want of room for ever.
+    at_most("n", n * order.prompts.len(), server.engine.capacity())?;
     at_most("logprobs", order.logprobs.unwrap_or(0), limits.logprobs)?;
     at_most("prompt_logprobs", order.prompt_logprobs.unwrap_or(0), limits.logprobs)?;
     at_most("max_tokens", order.max_tokens.unwrap_or(0), limits.max_tokens)?;
