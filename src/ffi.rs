@@ -605,3 +605,16 @@ pub unsafe extern "C" fn gqla_free(engine: *mut GqlaEngine) {
         Ok(())
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_a_status_and_does_not_unwind() {
+        assert_eq!(guarded(|| panic!("a defect")), GqlaStatus::Defect);
+        // SAFETY: the library's own text, which lives until the next failed call of this thread.
+        let last = unsafe { CStr::from_ptr(gqla_last_error()) };
+        assert!(last.to_str().is_ok_and(|text| text.contains("panic")));
+    }
+}

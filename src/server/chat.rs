@@ -27,7 +27,8 @@ use crate::engine::Logprob;
 /// With `stream` the answer is server-sent events: `chat.completion.chunk` objects, then `[DONE]`.
 #[utoipa::path(post, path = "/v1/chat/completions", request_body = ChatRequest, tag = "OpenAI",
     responses((status = 200, description = "The choices, or their chunks", content(
-        (ChatCompletion = "application/json"), (String = "text/event-stream"))), super::openapi::Refusals))]
+        (ChatCompletion = "application/json"), (String = "text/event-stream"))), super::openapi::Always,
+        super::openapi::BadBody, super::openapi::Refused))]
 pub async fn create(State(server): State<Shared>, Json(request): Json<ChatRequest>) -> Result<Response, ApiError> {
     submit::early(&server)?;
     let common = &request.common;

@@ -23,7 +23,8 @@ use crate::text::Tokenizer;
 /// With `stream` the answer is server-sent events: chunks of the same form, then `[DONE]`.
 #[utoipa::path(post, path = "/v1/completions", request_body = CompletionRequest, tag = "OpenAI",
     responses((status = 200, description = "The choices, or their chunks", content(
-        (Completion = "application/json"), (String = "text/event-stream"))), super::openapi::Refusals))]
+        (Completion = "application/json"), (String = "text/event-stream"))), super::openapi::Always,
+        super::openapi::BadBody, super::openapi::Refused))]
 pub async fn create(
     State(server): State<Shared>,
     Json(request): Json<CompletionRequest>,

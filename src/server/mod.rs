@@ -24,7 +24,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::response::Html;
 use axum::routing::{get, post};
 
 use crate::engine::{Engine, Event, Request};
@@ -142,7 +141,7 @@ pub fn router(engine: Engine, options: Options) -> Result<Router> {
         access_log: options.access_log,
     });
     let routes = Router::new()
-        .route("/", get(|| async { Html(include_str!("page.html")) }))
+        .route("/", get(other::page))
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/models", get(other::models))

@@ -2,11 +2,13 @@
 
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::response::{Html, IntoResponse, Response};
 
 use super::api::{DetokenizeRequest, Detokenized, ModelCard, Models, Status, TokenizeRequest, Tokenized};
 use super::completions::beside;
+use super::error::ErrorBody;
 use super::extract::Json;
+use super::openapi::{Always, BadBody};
 use super::{ApiError, Server, Shared, chat};
 
 fn card(server: &Server) -> ModelCard {
@@ -21,15 +23,14 @@ fn card(server: &Server) -> ModelCard {
 
 /// The model that is served.
 #[utoipa::path(get, path = "/v1/models", tag = "OpenAI",
-    responses((status = 200, body = Models), (status = 401, body = super::error::ErrorBody)))]
+    responses((status = 200, body = Models), Always))]
 pub async fn models(State(server): State<Shared>) -> axum::Json<Models> {
     axum::Json(Models { object: "list", data: vec![card(&server)] })
 }
 
 /// One model.
 #[utoipa::path(get, path = "/v1/models/{model}", tag = "OpenAI", params(("model" = String, Path, description = "Its name")),
-    responses((status = 200, body = ModelCard), (status = 400, body = super::error::ErrorBody),
-        (status = 401, body = super::error::ErrorBody), (status = 404, body = super::error::ErrorBody)))]
+    responses((status = 200, body = ModelCard), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody), Always))]
 pub async fn model(
     State(server): State<Shared>,
     name: Result<Path<String>, axum::extract::rejection::PathRejection>,
@@ -41,7 +42,7 @@ pub async fn model(
 
 /// The tokens of a text, or of a conversation.
 #[utoipa::path(post, path = "/tokenize", request_body = TokenizeRequest, tag = "Tokens",
-    responses((status = 200, body = Tokenized), super::openapi::Refusals))]
+    responses((status = 200, body = Tokenized), Always, BadBody))]
 pub async fn tokenize(
     State(server): State<Shared>,
     Json(request): Json<TokenizeRequest>,
@@ -67,7 +68,7 @@ pub async fn tokenize(
 
 /// The text of tokens.
 #[utoipa::path(post, path = "/detokenize", request_body = DetokenizeRequest, tag = "Tokens",
-    responses((status = 200, body = Detokenized), super::openapi::Refusals))]
+    responses((status = 200, body = Detokenized), Always, BadBody))]
 pub async fn detokenize(
     State(server): State<Shared>,
     Json(request): Json<DetokenizeRequest>,
@@ -80,15 +81,22 @@ pub async fn detokenize(
     Ok(axum::Json(Detokenized { prompt }))
 }
 
+/// A page to try the model.
+#[utoipa::path(get, path = "/", tag = "State",
+    responses((status = 200, body = String, content_type = "text/html"), Always))]
+pub async fn page() -> Html<&'static str> {
+    Html(include_str!("page.html"))
+}
+
 /// Whether the process lives. Needs no key.
-#[utoipa::path(get, path = "/health", tag = "State", security(()), responses((status = 200, body = Status)))]
+#[utoipa::path(get, path = "/health", tag = "State", security(()), responses((status = 200, body = Status), (status = 500, body = ErrorBody)))]
 pub async fn health() -> axum::Json<Status> {
     axum::Json(Status { status: "ok" })
 }
 
 /// Whether requests are served: a step has been computed, and every rank answers.
 #[utoipa::path(get, path = "/ready", tag = "State", responses((status = 200, body = Status),
-    (status = 401, body = super::error::ErrorBody), (status = 503, body = super::error::ErrorBody)))]
+    (status = 503, body = ErrorBody), Always))]
 pub async fn ready(State(server): State<Shared>) -> Result<axum::Json<Status>, ApiError> {
     let engine = &server.engine;
     let not = |why: String| Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, why).code("not_ready"));
@@ -107,7 +115,7 @@ pub async fn ready(State(server): State<Shared>) -> Result<axum::Json<Status>, A
 
 /// Counters and histograms for Prometheus.
 #[utoipa::path(get, path = "/metrics", tag = "State",
-    responses((status = 200, body = String, content_type = "text/plain"), (status = 401, body = super::error::ErrorBody)))]
+    responses((status = 200, body = String, content_type = "text/plain"), Always))]
 pub async fn metrics(State(server): State<Shared>) -> Response {
     let text = server.metrics.render(&server.engine.stats(), server.engine.answers());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()

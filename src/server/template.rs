@@ -167,7 +167,7 @@ impl std::io::Write for Bounded {
 }
 
 /// The present time by strftime's directives that templates use.
-fn strftime_now(format: &str) -> String {
+pub fn strftime_now(format: &str) -> String {
     let seconds = super::now() as i64;
     let (days, time) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
     // The civil calendar from days since 1970, in eras of 400 years that begin in March.
