@@ -1,9 +1,11 @@
 //! `gqla bench serve`: a running server under a given arrival rate, as a client sees it.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use plotters::prelude::*;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
@@ -67,10 +69,32 @@ struct Seen {
     error: Option<String>,
     /// The error is a 429.
     refused: bool,
+    /// When it was sent, in seconds of the run.
+    sent: f64,
     ttft: f64,
     itl: Vec<f64>,
     total: f64,
     tokens: usize,
+}
+
+/// What is read of a chunk.
+#[derive(Deserialize)]
+struct Chunk<'a> {
+    #[serde(borrow, default)]
+    choices: Vec<Piece<'a>>,
+    usage: Option<Usage>,
+    error: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Piece<'a> {
+    #[serde(borrow)]
+    text: std::borrow::Cow<'a, str>,
+}
+
+#[derive(Deserialize)]
+struct Usage {
+    completion_tokens: usize,
 }
 
 /// Runs the command.
@@ -179,14 +203,14 @@ impl Target {
             if data.trim_ascii() == b"[DONE]" {
                 return Ok(());
             }
-            let chunk: Value = serde_json::from_slice(data).map_err(|e| e.to_string())?;
-            if !chunk["error"].is_null() {
-                return Err(chunk["error"]["message"].to_string());
+            let chunk: Chunk = serde_json::from_slice(data).map_err(|e| e.to_string())?;
+            if let Some(error) = chunk.error {
+                return Err(error["message"].to_string());
             }
-            if let Some(count) = chunk["usage"]["completion_tokens"].as_u64() {
-                seen.tokens = count as usize;
+            if let Some(usage) = chunk.usage {
+                seen.tokens = usage.completion_tokens;
             }
-            if chunk["choices"].get(0).is_some_and(|c| c["text"] != "") {
+            if chunk.choices.first().is_some_and(|c| !c.text.is_empty()) {
                 let now = Instant::now();
                 match last.replace(now) {
                     None => seen.ttft = (now - begin).as_secs_f64(),
@@ -216,7 +240,8 @@ async fn drive(args: &Args, target: &Target, model: &str, rate: f64) -> (Vec<See
         let slot = std::sync::Arc::clone(&slots).acquire_owned().await.ok();
         let target = target.clone();
         tasks.push(tokio::spawn(async move {
-            let seen = target.complete(body.to_string()).await;
+            let sent = begin.elapsed().as_secs_f64();
+            let seen = Seen { sent, ..target.complete(body.to_string()).await };
             drop(slot);
             seen
         }));
@@ -240,9 +265,12 @@ fn summary(args: &Args, model: &str, rate: f64, seen: &[Seen], seconds: f64) -> 
     let input = good.len() * args.prompt_tokens;
     let mut out = Map::new();
     let mut put = |key: &str, value: Value| out.insert(key.to_string(), value);
-    put("backend", json!("gqla"));
+    put("date", json!(crate::server::template::strftime_now("%Y%m%d-%H%M%S")));
     put("endpoint_type", json!("openai"));
+    put("backend", json!("openai"));
+    put("label", Value::Null);
     put("model_id", json!(model));
+    put("tokenizer_id", json!(model));
     put("num_prompts", json!(args.requests));
     put("request_rate", if rate.is_finite() { json!(rate) } else { json!("inf") });
     put("burstiness", json!(if args.arrival == Arrival::Poisson { Some(1.0) } else { None }));
@@ -257,8 +285,12 @@ fn summary(args: &Args, model: &str, rate: f64, seen: &[Seen], seconds: f64) -> 
     put("total_input_tokens", json!(input));
     put("total_output_tokens", json!(output));
     put("request_throughput", json!(good.len() as f64 / seconds));
+    put("request_goodput", Value::Null);
     put("output_throughput", json!(output as f64 / seconds));
     put("total_token_throughput", json!((input + output) as f64 / seconds));
+    let (tokens, requests) = peaks(&good);
+    put("max_output_tokens_per_s", json!(tokens as f64));
+    put("max_concurrent_requests", json!(requests));
     let per_token = |s: &&&Seen| s.tokens > 1;
     let figures: [(&str, Vec<f64>); 4] = [
         ("ttft", good.iter().map(|s| s.ttft).collect()),
@@ -278,6 +310,24 @@ fn summary(args: &Args, model: &str, rate: f64, seen: &[Seen], seconds: f64) -> 
         put(&format!("p99_{name}_ms"), json!(percentile(&values, 0.99)));
     }
     Value::Object(out)
+}
+
+/// The most tokens that came, and the most requests that were under way, in one second of the run.
+fn peaks(good: &[&Seen]) -> (usize, usize) {
+    let (mut tokens, mut requests) = (BTreeMap::<usize, usize>::new(), BTreeMap::<usize, usize>::new());
+    for s in good {
+        let mut at = s.sent + s.ttft;
+        *tokens.entry(at as usize).or_default() += 1;
+        for gap in &s.itl {
+            at += gap;
+            *tokens.entry(at as usize).or_default() += 1;
+        }
+        for second in s.sent as usize..=(s.sent + s.total) as usize {
+            *requests.entry(second).or_default() += 1;
+        }
+    }
+    let most = |counts: BTreeMap<usize, usize>| counts.into_values().max().unwrap_or(0);
+    (most(tokens), most(requests))
 }
 
 /// The value below which the part `p` of sorted `values` lies, between neighbours as numpy does.
@@ -354,5 +404,14 @@ mod tests {
         assert_eq!(percentile(&[5.0], 0.99), 5.0);
         assert!((percentile(&[0.0, 100.0], 0.99) - 99.0).abs() < 1e-9);
         assert_eq!(percentile(&[], 0.5), 0.0);
+    }
+
+    #[test]
+    fn peaks_are_counted_by_the_second() {
+        let seen = |sent: f64| Seen { sent, ttft: 0.3, itl: vec![0.4; 3], total: 1.6, tokens: 4, ..Seen::default() };
+        let (a, b) = (seen(0.0), seen(0.9));
+        // Tokens at 0.3, 0.7, 1.1, 1.5 and at 1.2, 1.6, 2.0, 2.4.
+        assert_eq!(peaks(&[&a, &b]), (4, 2));
+        assert_eq!(peaks(&[]), (0, 0));
     }
 }
