@@ -1,19 +1,45 @@
-//! What serving costs: a step's scheduling at 256 sequences, and tokens a second of the engine alone at 64 streams.
+//! What serving costs: a step's scheduling at 256 sequences, tokens a second of the engine alone and over HTTP at 64
+//! streams, the time to the first byte of a refusal.
 //!
-//! cargo bench --bench serving -- checkpoints/tiny-glm-gqla
-//!
-//! The same load over HTTP: gqla serve, then gqla bench serve --requests 256 --concurrency 64.
+//! cargo bench --bench serving -- checkpoints/tiny-glm-gqla [ROUNDS]
 
-use std::time::Instant;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use gqla::engine::scheduler::{Limits, Scheduler};
 use gqla::engine::{Config, Engine, Event, Request};
+use gqla::server::{self, Options};
 
-fn main() {
+type Failure = Box<dyn std::error::Error>;
+
+fn main() -> Result<(), Failure> {
     scheduling();
-    if let Some(model) = std::env::args().skip(1).find(|a| !a.starts_with('-')) {
-        engine(&model);
-    }
+    let mut arguments = std::env::args().skip(1).filter(|a| !a.starts_with('-'));
+    let Some(model) = arguments.next() else { return Ok(()) };
+    let rounds = arguments.next().map_or(Ok(5), |r| r.parse())?;
+    let engine = Engine::start_threads(Config::new(&model), 1)?;
+    let mut options = Options::new(&model);
+    options.access_log = false;
+    options.api_key = Some(KEY.into());
+    let router = server::router(engine.clone(), options)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))?;
+    let address = listener.local_addr()?;
+    runtime.spawn(server::serve(listener, router, Duration::from_secs(20), Duration::ZERO, std::future::pending()));
+    refusals(address)?;
+    throughput(&engine, address, rounds)?;
+    engine.shutdown()?;
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    Ok(())
+}
+
+const KEY: &str = "secret";
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// 256 sequences decode; every 64 steps each takes a new block and learns the key of a full one.
@@ -46,41 +72,95 @@ fn scheduling() {
     println!("scheduling 256 sequences: median {:?}, p99 {:?}", times[times.len() / 2], times[times.len() * 99 / 100]);
 }
 
-/// 256 requests of 64 and 64 tokens, 64 at a time.
-fn engine(model: &str) {
-    let Ok(engine) = Engine::start_threads(Config::new(model), 1) else {
-        return eprintln!("{model} cannot be loaded");
-    };
+/// 256 requests of 64 and 64 tokens, 64 at a time: by turns the engine alone and over HTTP, whose client is a process of
+/// its own. The medians of the rounds are compared.
+fn throughput(engine: &Engine, address: SocketAddr, rounds: usize) -> Result<(), Failure> {
+    let (mut alone, mut served) = (vec![], vec![]);
+    for round in 0..=rounds as u32 {
+        let pair = (engine_alone(engine, round * 1000), over_http(address, round)?);
+        // The first round warms up.
+        if round > 0 {
+            println!("round {round}: the engine alone {:.0}, over HTTP {:.0} tokens/s", pair.0, pair.1);
+            alone.push(pair.0);
+            served.push(pair.1);
+        }
+    }
+    let (alone, served) = (median(alone), median(served));
+    let cost = 100.0 * (1.0 - served / alone);
+    println!("64 streams: the engine alone {alone:.0}, over HTTP {served:.0} tokens/s: HTTP costs {cost:.1} %");
+    Ok(())
+}
+
+fn engine_alone(engine: &Engine, from: u32) -> f64 {
     let request = |i: u32| Request {
         prompt: (0..64).map(|k| (i * 7919 + k * 104_729) % 1000).collect(),
         max_tokens: 64,
         ignore_eos: true,
         ..Request::default()
     };
-    let run = |from: u32| {
-        let begin = Instant::now();
-        let mut tokens = 0;
-        std::thread::scope(|scope| {
-            let readers: Vec<_> = (0..64)
-                .map(|r| {
-                    let (engine, request) = (&engine, &request);
-                    scope.spawn(move || {
-                        let mut tokens = 0;
-                        for i in 0..4 {
-                            let Ok(mut stream) = engine.try_submit(request(from + r * 4 + i)) else { continue };
-                            while let Some(event) = stream.next_blocking() {
-                                tokens += usize::from(matches!(event, Event::Token(_)));
-                            }
+    let begin = Instant::now();
+    let tokens: usize = std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..64)
+            .map(|r| {
+                let request = &request;
+                scope.spawn(move || {
+                    let mut tokens = 0;
+                    for i in 0..4 {
+                        let Ok(mut stream) = engine.try_submit(request(from + r * 4 + i)) else { continue };
+                        while let Some(event) = stream.next_blocking() {
+                            tokens += usize::from(matches!(event, Event::Token(_)));
                         }
-                        tokens
-                    })
+                    }
+                    tokens
                 })
-                .collect();
-            tokens = readers.into_iter().map(|r| r.join().unwrap_or(0)).sum();
-        });
-        tokens as f64 / begin.elapsed().as_secs_f64()
+            })
+            .collect();
+        readers.into_iter().map(|r| r.join().unwrap_or(0)).sum()
+    });
+    tokens as f64 / begin.elapsed().as_secs_f64()
+}
+
+fn over_http(address: SocketAddr, seed: u32) -> Result<f64, Failure> {
+    let output = Command::new(env!("CARGO_BIN_EXE_gqla"))
+        .args(["bench", "serve", "--requests", "256", "--concurrency", "64", "--api-key", KEY])
+        .args(["--url", &format!("http://{address}"), "--seed", &seed.to_string()])
+        .output()?;
+    let result: serde_json::Value = serde_json::from_slice(&output.stdout)
+        .map_err(|e| format!("{e}: {}", String::from_utf8_lossy(&output.stderr)))?;
+    Ok(result["output_throughput"].as_f64().unwrap_or(0.0))
+}
+
+/// The time from the connection to the first byte of the answer, with nothing else to do.
+fn refusals(address: SocketAddr) -> Result<(), Failure> {
+    let post = |key: &str, body: &str| {
+        let head =
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n";
+        format!("{head}Authorization: Bearer {key}\r\nContent-Length: {}\r\n\r\n{body}", body.len())
     };
-    run(0);
-    println!("the engine alone, 64 streams: {:.0} tokens/s", run(10_000));
-    let _ = engine.shutdown();
+    let long = format!(r#"{{"prompt": {:?}}}"#, "x ".repeat(20_000));
+    let cases = [
+        ("401", post("wrong", r#"{"prompt": "x"}"#)),
+        ("400 not JSON", post(KEY, "{")),
+        ("400 a field", post(KEY, r#"{"prompt": "x", "temperature": -1}"#)),
+        ("400 a prompt of 40 KB", post(KEY, &long)),
+        ("404", post(KEY, r#"{"prompt": "x", "model": "other"}"#)),
+        ("413", post(KEY, "").replace("Length: 0", "Length: 99999999")),
+    ];
+    for (what, request) in cases {
+        let mut times = vec![];
+        for _ in 0..200 {
+            let begin = Instant::now();
+            let mut stream = TcpStream::connect(address)?;
+            stream.write_all(request.as_bytes())?;
+            let mut answer = [0; 12];
+            stream.read_exact(&mut answer)?;
+            times.push(begin.elapsed().as_secs_f64() * 1e3);
+            if answer[9..] != what.as_bytes()[..3] {
+                return Err(format!("{what}: {}", String::from_utf8_lossy(&answer)).into());
+            }
+        }
+        times.sort_by(f64::total_cmp);
+        println!("first byte of a refusal, {what}: median {:.2} ms, p99 {:.2} ms", times[100], times[198]);
+    }
+    Ok(())
 }
