@@ -5,6 +5,7 @@
 mod model;
 
 use std::process::Command;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use gqla::engine::{Engine, Event, Refused, Request, TokenStream};
@@ -128,6 +129,39 @@ fn two_engines_live_in_one_process() {
     a.shutdown().unwrap();
     assert_eq!(events(b.try_submit(request(3)).unwrap()).len(), 4);
     b.shutdown().unwrap();
+}
+
+/// What a subscriber of the embedding program is told.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn every_request_and_every_step_is_a_span() {
+    use tracing_subscriber::fmt::format::FmtSpan;
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_span_events(FmtSpan::NEW);
+    subscriber.with_ansi(false).with_writer(move || writer.clone()).init();
+    let engine = engine(1);
+    assert_eq!(events(engine.try_submit(request(5)).unwrap()).len(), 6);
+    let steps = engine.stats().steps;
+    engine.shutdown().unwrap();
+    let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    // Other tests of this file may be heard too.
+    let lines = |part: &str| text.lines().filter(|l| l.contains(part)).count() as u64;
+    assert!(lines("request{id=1 prompt_tokens=3}: gqla::engine::coordinator: new") >= 1, "{text}");
+    assert!(lines("ended tokens=5") >= 1, "{text}");
+    assert!(steps >= 5 && lines("step{number=") >= steps, "{text}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod model;
 use std::io::Read;
 use std::time::{Duration, Instant};
 
+use gqla::server::template::{Bounds, Message, Template};
 use http::{Response, Server, request};
 use serde_json::{Value, json};
 
@@ -323,6 +324,26 @@ fn templates_refuse_and_are_bounded() {
     refused(&s.post("/v1/chat/completions", &body), 400, "work");
     assert!(begin.elapsed() < Duration::from_secs(10));
     s.stop();
+    // One instruction decides.
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
+    let loaded = http::with_template(&model::checkpoint("tiny-glm-gqla").0, template);
+    let loaded = Template::load(loaded.path()).unwrap().unwrap();
+    let renders = |work: u64| {
+        let message = Message { role: "user".into(), content: "x".into(), name: None };
+        loaded.render(&[message], true, &Default::default(), Bounds { work, bytes: 100 }).is_ok()
+    };
+    let least = (1..).find(|work| renders(*work)).unwrap();
+    assert!(!renders(least - 1) && renders(least) && renders(least + 1));
+    let s = Server::with_template(
+        &model::checkpoint("tiny-glm-gqla").0,
+        template,
+        model::config("tiny-glm-gqla", None),
+        |o| o.limits.template_work = least,
+    );
+    assert_eq!(s.post("/v1/chat/completions", &body).status, 200);
+    let two = json!({"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}]});
+    refused(&s.post("/v1/chat/completions", &two), 400, "work");
+    s.stop();
 }
 
 #[test]
@@ -355,6 +376,20 @@ fn the_key_is_wanted_everywhere_but_at_health() {
 }
 
 #[test]
+fn a_server_is_ready_once_a_step_has_passed() {
+    let (checkpoint, config) = (model::checkpoint("tiny-glm-gqla").0, model::config("tiny-glm-gqla", None));
+    let s = Server::cold(&checkpoint, http::TEMPLATE, config, |_| {});
+    assert_eq!((s.get("/health").status, s.get("/ready").status), (200, 503));
+    refused(&s.get("/ready"), 503, "no step");
+    gqla::server::warm_up(&s.engine).unwrap();
+    assert_eq!(s.get("/ready").status, 200);
+    s.engine.close();
+    refused(&s.get("/ready"), 503, "shutting down");
+    refused(&s.post("/v1/completions", &complete(json!({}))), 503, "shutting down");
+    s.stop();
+}
+
+#[test]
 fn state_is_told() {
     let s = server(|_| {});
     assert_eq!((s.get("/health").status, s.get("/ready").status), (200, 200));
@@ -374,9 +409,21 @@ fn state_is_told() {
     assert_eq!(value("gqla:generation_tokens_total"), 10.0, "with the warm-up's");
     assert_eq!((value("gqla:num_requests_running"), value("gqla:kv_cache_usage_perc")), (0.0, 0.0));
     assert_eq!(value("gqla:prefix_cache_hits_total"), 384.0);
-    assert_eq!(value("gqla:time_to_first_token_seconds_count"), 3.0);
+    assert_eq!(value("gqla:prompt_tokens_total"), 601.0);
+    for times in ["time_to_first_token", "e2e_request_latency", "request_queue_time", "request_time_per_output_token"] {
+        // The last has one token, and so no time between tokens.
+        let count = if times == "request_time_per_output_token" { 2.0 } else { 3.0 };
+        assert_eq!(value(&format!("gqla:{times}_seconds_count")), count, "{times}");
+    }
+    for name in ["inter_token_latency_seconds_count", "time_per_output_token_seconds_count"] {
+        assert_eq!(value(&format!("gqla:{name}")), 6.0, "{name}");
+    }
+    assert!(value("gqla:step_time_seconds_total") > 0.0 && value("gqla:last_step_seconds") > 0.0);
+    assert!(value("gqla:all_reduce_time_seconds_total") < value("gqla:step_time_seconds_total"));
+    assert_eq!(value("gqla:num_requests_waiting"), 0.0);
     assert_eq!(value("gqla:e2e_request_latency_seconds_bucket{le=\"+Inf\"}"), 3.0);
     assert!(metrics.body.contains("gqla:info{path=\"") && metrics.body.contains("world_size=\"1\""));
+    assert!(metrics.body.contains("gqla:request_success_total{finished_reason=\"length\"} 3"));
     // Every sample belongs to a declared family, and every line is one of Prometheus's forms.
     for line in metrics.body.lines().filter(|l| !l.starts_with('#')) {
         let name = line.split(['{', ' ']).next().unwrap();
@@ -395,14 +442,20 @@ fn the_description_names_every_route_and_status() {
     let paths = d["paths"].as_object().unwrap();
     let routes =
         ["/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model}", "/tokenize", "/detokenize"];
-    for path in routes.iter().chain(&["/health", "/ready", "/metrics"]) {
+    for path in routes.iter().chain(&["/", "/health", "/ready", "/metrics", "/openapi.json"]) {
         assert!(paths.contains_key(*path), "{path}");
     }
-    for path in ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"] {
+    assert_eq!(paths.len(), routes.len() + 5);
+    // That no route answers with a status that is not described is checked at every request of these tests.
+    let statuses = |path: &str| -> Vec<u16> {
         let responses = paths[path]["post"]["responses"].as_object().unwrap();
-        for status in ["200", "400", "401", "404", "408", "413", "415", "429", "500", "503"] {
-            assert!(responses.contains_key(status), "{path} {status}");
-        }
+        responses.keys().map(|s| s.parse().unwrap()).collect()
+    };
+    for path in ["/v1/completions", "/v1/chat/completions"] {
+        assert_eq!(statuses(path), [200, 400, 401, 404, 408, 413, 415, 429, 500, 503]);
+    }
+    for path in ["/tokenize", "/detokenize"] {
+        assert_eq!(statuses(path), [200, 400, 401, 408, 413, 415, 500]);
     }
     s.stop();
 }
@@ -473,6 +526,29 @@ fn overload_is_refused_at_once_and_what_is_admitted_finishes() {
     assert_eq!(count(200) + count(429), 80);
     assert!(count(200) >= 8 && count(429) > 0, "{} admitted", count(200));
     assert!(outcomes.iter().all(|o| (o.0 == 429) == (o.1.as_deref() == Some("1"))));
+
+    // One below the bound there is room for one more, at the bound for none, and one that leaves makes room.
+    let long = complete(json!({"max_tokens": 1900, "ignore_eos": true, "stream": true}));
+    let submit = || http::send(s.address, "POST", "/v1/completions", &[], Some(long.to_string().as_bytes())).unwrap();
+    let mut held: Vec<_> = (0..7).map(|_| submit()).collect();
+    let queued = |n: usize| {
+        until("they are queued", Duration::from_secs(20), || {
+            let now = s.engine.stats();
+            now.running + now.waiting == n
+        })
+    };
+    queued(7);
+    held.push(submit());
+    queued(8);
+    refused(&s.post("/v1/completions", &complete(json!({}))), 429, "full");
+    held.pop();
+    queued(7);
+    assert!(s.engine.has_room());
+    drop(held);
+    queued(0);
+    // What would not fit into an empty queue is refused for good.
+    assert_eq!(s.post("/v1/completions", &complete(json!({"n": 8}))).status, 200);
+    refused(&s.post("/v1/completions", &complete(json!({"n": 9}))), 400, "n: 9");
     s.stop();
 }
 
@@ -519,6 +595,30 @@ fn the_engine_knows_nothing_of_http() {
     assert!(!scheduler.contains("crate::backend") && !scheduler.contains("crate::comm"));
 }
 
+/// What `vllm bench serve --save-result` writes beside the times (vllm/benchmarks/serve.py).
+const VLLM_KEYS: [&str; 20] = [
+    "date",
+    "endpoint_type",
+    "backend",
+    "label",
+    "model_id",
+    "tokenizer_id",
+    "num_prompts",
+    "request_rate",
+    "burstiness",
+    "max_concurrency",
+    "duration",
+    "completed",
+    "failed",
+    "total_input_tokens",
+    "total_output_tokens",
+    "request_throughput",
+    "request_goodput",
+    "output_throughput",
+    "total_token_throughput",
+    "max_output_tokens_per_s",
+];
+
 #[test]
 fn a_benchmark_drives_the_server() {
     let s = server(|_| {});
@@ -543,6 +643,10 @@ fn a_benchmark_drives_the_server() {
     let runs: Vec<Value> = serde_json::from_str(&std::fs::read_to_string(&json).unwrap()).unwrap();
     assert_eq!((runs.len(), &runs[1]["request_rate"]), (2, &json!("inf")));
     for r in runs {
+        for key in VLLM_KEYS {
+            assert!(r.get(key).is_some(), "no {key}: {r}");
+        }
+        assert!(r["max_output_tokens_per_s"].as_f64() >= r["output_throughput"].as_f64().map(|t| t.min(9.0)));
         assert_eq!(
             (&r["completed"], &r["total_output_tokens"], &r["model_id"]),
             (&json!(8), &json!(72), &json!("tiny"))
@@ -551,9 +655,11 @@ fn a_benchmark_drives_the_server() {
             for kind in ["mean", "median", "p99"] {
                 assert!(r[format!("{kind}_{figure}_ms")].as_f64().unwrap() > 0.0, "{kind} {figure}: {r}");
             }
+            assert!(r[format!("std_{figure}_ms")].is_number());
         }
     }
-    assert!(std::fs::read_to_string(&plot).unwrap().contains("<svg"));
+    let picture = std::fs::read_to_string(&plot).unwrap();
+    assert!(picture.contains("<svg") && picture.contains("p99") && picture.matches("<polyline").count() >= 3);
     s.stop();
 }
 

@@ -39,6 +39,13 @@ impl Server {
     }
 
     pub fn with_template(checkpoint: &Path, template: &str, config: Config, set: impl FnOnce(&mut Options)) -> Server {
+        let server = Server::cold(checkpoint, template, config, set);
+        server::warm_up(&server.engine).unwrap();
+        server
+    }
+
+    /// Without the step that makes it ready.
+    pub fn cold(checkpoint: &Path, template: &str, config: Config, set: impl FnOnce(&mut Options)) -> Server {
         let model = with_template(checkpoint, template);
         let engine = Engine::start_threads(config, 1).unwrap();
         let mut options = Options::new(model.path());
@@ -46,7 +53,6 @@ impl Server {
         options.access_log = false;
         set(&mut options);
         let router = server::router(engine.clone(), options).unwrap();
-        server::warm_up(&engine).unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let address = listener.local_addr().unwrap();
@@ -188,5 +194,19 @@ pub fn request(
     headers: &[(&str, &str)],
     body: Option<&[u8]>,
 ) -> Response {
-    read(send(address, method, path, headers, body).unwrap()).unwrap_or_else(|e| panic!("{method} {path}: {e}"))
+    let response =
+        read(send(address, method, path, headers, body).unwrap()).unwrap_or_else(|e| panic!("{method} {path}: {e}"));
+    assert!(is_documented(method, path, response.status), "{method} {path} is not described as giving {response:?}");
+    response
+}
+
+/// Whether the description of the routes knows this status; of a route or method that it does not know, 401 (as
+/// everywhere without the key), 404 and 405.
+fn is_documented(method: &str, path: &str, status: u16) -> bool {
+    let document = serde_json::to_value(server::document()).unwrap();
+    let route = if path.starts_with("/v1/models/") { "/v1/models/{model}" } else { path };
+    match document["paths"][route].get(method.to_lowercase()) {
+        Some(operation) => operation["responses"].get(status.to_string()).is_some(),
+        None => [401, 404, 405].contains(&status),
+    }
 }

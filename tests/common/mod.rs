@@ -170,6 +170,16 @@ pub fn until(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// The processes that `parent` has started.
+pub fn children(parent: u32) -> Vec<u32> {
+    let of = |pid: u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        stat.rsplit(')').next()?.split_whitespace().nth(1)?.parse::<u32>().ok()
+    };
+    let all = std::fs::read_dir("/proc").unwrap().flatten();
+    all.filter_map(|e| e.file_name().to_string_lossy().parse().ok()).filter(|pid| of(*pid) == Some(parent)).collect()
+}
+
 /// The ranks that `mpirun` has started: (rank, process).
 pub fn pids(mpirun: u32) -> Vec<(usize, u32)> {
     let mut found = vec![];
