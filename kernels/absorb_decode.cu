@@ -60,7 +60,7 @@ struct AbsorbParams {
   const u16* cache;       // bf16 [num_blocks] tiles 64 x 576, swizzled panels
   const int* block_table; // [batch, max_blocks]
   const int* lens;        // [batch], tokens with the SQ new ones; 0 = padding
-  const int4* team;       // [teams] {first sequence, its first block, blocks in all, 0}
+  const int4* team;       // [teams] {first sequence, its first block, blocks in all, tokens of that sequence}
   const int2* seq;        // [batch] {first partial result, number of them}
   u16* out;               // bf16 [batch*SQ, HEADS, 512], of sequences that one team has alone
   float* part_o;          // f32 [batch + teams, SQ, HEADS, 512], normalised: the others
@@ -172,21 +172,25 @@ DEVICE void stmatrix4(u32 addr, const u32* r) {
 
 struct Segment {
   int batch, begin, end; // blocks [begin, end) of sequence batch
+  int len;               // its tokens
 };
 struct Work {
-  int batch, block, left;
+  int batch, block, left, len; // len 0: not known yet
 };
 DEVICE Work team_work(const AbsorbParams& p, int team) {
   int4 t = p.team[team];
-  return Work{t.x, t.y, t.z};
+  return Work{t.x, t.y, t.z, t.w};
 }
 DEVICE bool next_segment(const AbsorbParams& p, Work& w, Segment& s) {
   if (w.left <= 0) return false;
-  int blocks;
-  while ((blocks = ceil_div(p.lens[w.batch], BLOCK)) <= w.block) w.batch++, w.block = 0;
-  s.batch = w.batch, s.begin = w.block, s.end = min(blocks, w.block + w.left);
+  while (true) {
+    s.len = w.len > 0 ? w.len : p.lens[w.batch];
+    if (ceil_div(s.len, BLOCK) > w.block) break;
+    w.batch++, w.block = 0;
+  }
+  s.batch = w.batch, s.begin = w.block, s.end = min(ceil_div(s.len, BLOCK), w.block + w.left);
   w.left -= s.end - s.begin;
-  w.batch++, w.block = 0;
+  w.batch++, w.block = 0, w.len = 0;
   return true;
 }
 
@@ -207,17 +211,17 @@ DEVICE void load_block(u32 smem, u32 g, const u16* block, u64 policy) {
   }
 }
 
-// 64 query rows from row0 on into swizzled panels; rows past the end are zero.
+// The tile's query rows from row0 on into swizzled panels.
 DEVICE void load_queries(u32 smem, const u16* q, int row0, int lane) {
-  for (int row = 0; row < 64; row++) {
-    bool live = row0 + row < ROWS;
-    const u16* src = q + (i64)(live ? row0 + row : 0) * DIM;
+  const int rows = min(64, ROWS - row0);
+#pragma unroll 2
+  for (int row = 0; row < rows; row++) {
+    const u16* src = q + (i64)(row0 + row) * DIM;
 #pragma unroll
     for (int i = 0; i < 3; i++) {
       int c = lane + 32 * i; // of 72 chunks of 16 bytes
       if (c < DIM / 8)
-        cp_async16(smem + SM_Q + (c >> 3) * PANEL + row * 128 + (((c & 7) ^ (row & 7)) << 4), src + c * 8,
-                   live ? 16 : 0);
+        cp_async16(smem + SM_Q + (c >> 3) * PANEL + row * 128 + (((c & 7) ^ (row & 7)) << 4), src + c * 8, 16);
     }
   }
   cp_async_commit();
@@ -226,25 +230,50 @@ DEVICE void load_queries(u32 smem, const u16* q, int row0, int lane) {
   mbar_arrive(smem + BAR_Q_FULL);
 }
 
+// Rows of the tile that no query has are zero for good. By the 256 consumers.
+DEVICE void clear_queries(u32 smem, int row0) {
+  const int rows = min(64, ROWS - row0);
+  for (int i = rows * 8 + threadIdx.x; i < 64 * 8; i += 256)
+#pragma unroll
+    for (int j = 0; j < PANELS; j++)
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(smem + SM_Q + j * PANEL + i * 16), "r"(0)
+                   : "memory");
+  fence_proxy_async();
+  named_barrier(NB_BOTH, 256);
+}
+
+// Blocks that lie whole before this step's tokens are asked for while the launch
+// before this one still runs: nothing in the step writes them.
 DEVICE void produce(const AbsorbParams& p, u32 smem, int team, int tile, int lane) {
   u64 policy = l2_evict_first();
   u32 g = 0;
+  bool waited = false;
+  auto wait = [&]() {
+    if (!waited) grid_wait(), grid_launch_dependents(); // combine waits for the whole grid anyway
+    waited = true;
+  };
   Work work = team_work(p, team);
   Segment s;
   for (u32 turn = 0; next_segment(p, work, s); turn++) {
     const int* table = p.block_table + (i64)s.batch * p.max_blocks + s.begin;
-    int n = s.end - s.begin, ids = 0;
+    int n = s.end - s.begin, ids = 0, old = (s.len - SQ) / BLOCK - s.begin;
     for (int k = 0; k < n; k++, g++) {
       if ((k & 31) == 0) ids = k + lane < n ? table[k + lane] : 0;
       int id = __shfl_sync(0xffffffffu, ids, k & 31);
+      if (k >= old && !waited) {
+        if (lane < PANELS) prefetch_bulk(p.cache + (i64)id * (BLOCK * DIM) + lane * (PANEL / 2), PANEL);
+        wait();
+      }
       if (lane == 0) load_block(smem, g, p.cache + (i64)id * (BLOCK * DIM), policy);
       __syncwarp();
       if (k == (n > 1 ? 1 : 0)) { // the first blocks are on their way: now the queries
+        wait();
         if (turn > 0) mbar_wait(smem + BAR_Q_EMPTY, (turn - 1) & 1);
         load_queries(smem, p.q + (i64)s.batch * ROWS * DIM, tile * 64, lane);
       }
     }
   }
+  wait();
 }
 
 // ---- consumer warpgroups ----
@@ -469,6 +498,7 @@ DEVICE void consume(const AbsorbParams& p, u32 smem, int team, int row0, int w) 
   c.w = w;
   c.warp = __shfl_sync(0xffffffffu, ((int)threadIdx.x >> 5) & 3, 0);
   c.lane = threadIdx.x & 31;
+  clear_queries(smem, row0);
   float scale = p.scale * LOG2E;
   float o[128], s[32];
   u32 a[16];
@@ -476,7 +506,7 @@ DEVICE void consume(const AbsorbParams& p, u32 smem, int team, int row0, int w) 
   Work work = team_work(p, team);
   Segment seg;
   for (u32 turn = 0; next_segment(p, work, seg); turn++) {
-    int len = p.lens[seg.batch], n = seg.end - seg.begin;
+    int len = seg.len, n = seg.end - seg.begin;
     c.m[0] = c.m[1] = -1e30f, c.l[0] = c.l[1] = 0.0f;
 #pragma unroll
     for (int j = 0; j < 128; j++) o[j] = 0.0f;
@@ -528,7 +558,8 @@ DEVICE void consume(const AbsorbParams& p, u32 smem, int team, int row0, int w) 
 
 // Grid: teams * ROW_TILES CTAs of THREADS, one to a multiprocessor; dynamic shared
 // memory SMEM_BYTES. teams = max(1, multiprocessors / ROW_TILES).
-// Before it absorb_plan (or split_plan) for `teams`, once a step; after it combine.
+// Before it absorb_plan (or split_plan) for `teams`, once a step, and complete before
+// this launch begins; after it combine.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) absorb_decode(const __grid_constant__ AbsorbParams p) {
   extern __shared__ __align__(1024) u8 dynamic_smem[];
   u32 smem = smem_addr(dynamic_smem);
@@ -546,8 +577,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) absorb_decode(const __g
       for (int j = 0; j < PANELS; j++) mbar_arrive_expect(smem + BAR_FULL(b, j), PANEL);
   }
   __syncthreads();
-  grid_wait();
-  grid_launch_dependents(); // combine waits for the whole grid anyway
 
   if (threadIdx.x >= 256) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");

@@ -37,7 +37,7 @@ struct AbsorbParams {
   const u16* cache;       // bf16 [num_blocks] tiles BLOCK x (DC+DR)
   const int* block_table; // [batch, max_blocks]
   const int* lens;        // [batch], tokens with the SQ new ones; 0 = padding
-  const int4* team;       // [teams] {first sequence, its first block, blocks in all, 0}
+  const int4* team;       // [teams] {first sequence, its first block, blocks in all, tokens of that sequence}
   const int2* seq;        // [batch] {first partial result, number of them}
   u16* out;               // bf16 [batch*SQ, HEADS, DC], of sequences that one team has alone
   float* part_o;          // f32 [batch + teams, SQ, HEADS, DC], normalised: the others

@@ -16,7 +16,7 @@
 
 struct AbsorbPlan {
   const int* lens;  // [batch] tokens in the cache, the new ones included; 0 is padding
-  int4* team;       // [teams] {first sequence, its first block, blocks in all, 0}
+  int4* team;       // [teams] {first sequence, its first block, blocks in all, tokens of that sequence}
   int2* seq;        // [batch] {first partial result, number of them}
   int batch;        // at most PLAN_MAX_BATCH
   int teams;
@@ -30,7 +30,7 @@ DEVICE bool fill_teams(const AbsorbPlan& a, const u16* blocks, int limit, bool c
   if (most < 1) return false;
   int team = 0, room = limit, run = 0, run_seq = 0, run_block = 0; // the open team
   auto close = [&]() {
-    if (WRITE && lane == 0) a.team[team] = make_int4(run_seq, run_block, run, 0);
+    if (WRITE && lane == 0) a.team[team] = make_int4(run_seq, run_block, run, a.lens[run_seq]);
     team++, room = limit, run = 0;
   };
   for (int b = 0; b < a.batch; b++) {
@@ -56,7 +56,7 @@ DEVICE bool fill_teams(const AbsorbPlan& a, const u16* blocks, int limit, bool c
       const int full = (n + most - 1) / most - 1; // teams that a middle part fills
       if (team + full >= a.teams) return false;
       if (WRITE)
-        for (int i = lane; i < full; i += 32) a.team[team + i] = make_int4(b, at + i * most, most, 0);
+        for (int i = lane; i < full; i += 32) a.team[team + i] = make_int4(b, at + i * most, most, a.lens[b]);
       team += full, at += full * most, n -= full * most;
       run_seq = b, run_block = at, run = n, room = limit - n - a.part_cost;
     }

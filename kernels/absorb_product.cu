@@ -1,29 +1,39 @@
 // The absorb path's products with kv_b, batched over groups, on the tensor cores.
-// A CTA computes 64 (row, head of the group) pairs by 64 columns; the heads of a
+// A CTA computes TILE (row, head of the group) pairs by 64 columns; the heads of a
 // group are rows of one product, so a group's weights are never repeated.
 //
-// -D DN, DR, DC, DV
-// absorb_query:  out[.., ..DC] = q_nope W_UK[g], out[.., DC..] = q_rope
+// -D DN, DR, DC, DV; INTERLEAVE as in append_latent.cu; TILE 64, or 16 for few pairs
+// absorb_query:  out[.., ..DC] = q_nope W_UK[g], out[.., DC..] = q_rope, turned
 //                grid (ceil(DC / 64), tiles, groups); block 128
 // absorb_output: out = latent W_UV[g]^T
 //                grid (ceil(DV / 64), tiles, groups); block 128
-// dynamic shared memory: ABSORB_SMEM
-//   tiles = ceil(rows * most / 64), most = min(heads, heads_per_group)
+// dynamic shared memory: QUERY_SMEM, OUTPUT_SMEM
+//   tiles = ceil(rows * most / TILE), most = min(heads, heads_per_group)
 
 struct AbsorbProduct {
   const u16* kv_up;  // [groups, DN + DV, DC]: a group's W_UK [DN, DC], then its W_UV [DV, DC]
-  const u16* in;     // absorb_query: [rows, heads, DN + DR]; absorb_output: [rows, heads, DC]
+  const u16* in;     // row r at in + r * in_stride; absorb_query: [heads, DN + DR]; absorb_output: [heads, DC]
   u16* out;          // absorb_query: [rows, heads, DC + DR]; absorb_output: [rows, heads, DV]
+  const float* cos_table;  // [positions, DR / 2] (absorb_query)
+  const float* sin_table;  // [positions, DR / 2] (absorb_query)
+  const int* positions;    // [rows] (absorb_query)
+  int in_stride;            // elements
   int rows;
   int heads;                // on this rank
   int heads_per_group;      // in the whole model
   int first_head_in_group;  // heads of the first group that other ranks have
 };
 
-constexpr int TILE = 64, ROW = TILE + 8;  // elements; the 8 keep ldmatrix off equal banks
-constexpr int BUFFERS = SHARED_KIB < 100 ? 4 : 6;
-constexpr int TILE_ELEMS = TILE * ROW;
-constexpr int ABSORB_SMEM = BUFFERS * 2 * TILE_ELEMS * 2;  // 110592 bytes on Hopper
+constexpr int COLS = 64, ROW = COLS + 8;      // elements; the 8 keep ldmatrix off equal banks
+constexpr int X_ELEMS = TILE * ROW, W_ELEMS = COLS * ROW;
+template <int K>
+struct Reduction {
+  static constexpr int STEPS = (K + COLS - 1) / COLS, MOST = SHARED_KIB < 100 ? 4 : 6;
+  static constexpr int BUFFERS = STEPS + 1 < MOST ? STEPS + 1 : MOST, BYTES = BUFFERS * (X_ELEMS + W_ELEMS) * 2;
+};
+constexpr int QUERY_SMEM = Reduction<DN>::BYTES, OUTPUT_SMEM = Reduction<DC>::BYTES;
+constexpr int WARPS_DOWN = TILE / 16;         // warps along the pairs; the others share out the columns
+constexpr int N_TILES = 2 * WARPS_DOWN;       // 8-column tiles a warp
 
 // 8 elements to shared memory, those from `valid` on zero. Unaligned rows go one element at a time.
 template <bool WIDE>
@@ -42,13 +52,14 @@ DEVICE void absorb(const AbsorbProduct& a) {
   constexpr int K = OUTPUT ? DC : DN, N = OUTPUT ? DV : DC;
   constexpr int IN = OUTPUT ? DC : DN + DR, OUT = OUTPUT ? DV : DC + DR;
   constexpr bool WIDE_W = DC % 8 == 0;
-  constexpr bool WIDE_X = OUTPUT ? DC % 8 == 0 : DN % 8 == 0 && DR % 8 == 0;
-  constexpr int STEPS = (K + TILE - 1) / TILE;
+  constexpr bool WIDE_X = DC % 8 == 0 && (OUTPUT || (DN % 8 == 0 && DR % 8 == 0));
+  constexpr int STEPS = Reduction<K>::STEPS, BUFFERS = Reduction<K>::BUFFERS;
   extern __shared__ __align__(16) u16 absorb_shared[];
   u16* const xs = absorb_shared;
-  u16* const ws = absorb_shared + BUFFERS * TILE_ELEMS;
+  u16* const ws = absorb_shared + BUFFERS * X_ELEMS;
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-  const int group = blockIdx.z, n0 = blockIdx.x * TILE;
+  const int down = warp % WARPS_DOWN * 16, across = warp / WARPS_DOWN * (N_TILES * 8);
+  const int group = blockIdx.z, n0 = blockIdx.x * COLS;
   const int first = max(0, group * a.heads_per_group - a.first_head_in_group);
   const int last = min(a.heads, (group + 1) * a.heads_per_group - a.first_head_in_group);
   const int mine = last - first, pairs = a.rows * mine, m0 = blockIdx.y * TILE;
@@ -62,13 +73,13 @@ DEVICE void absorb(const AbsorbProduct& a) {
 #pragma unroll
   for (int j = 0; j < TILE / 16; j++) {
     const int p = m0 + tid / 8 + 16 * j;
-    x_row[j] = p < pairs ? a.in + ((size_t)(p / mine) * a.heads + first + p % mine) * IN : nullptr;
+    x_row[j] = p < pairs ? a.in + (size_t)(p / mine) * a.in_stride + (first + p % mine) * IN : nullptr;
   }
   auto load_w = [&](int step) {
-    u16* dst = ws + step % BUFFERS * TILE_ELEMS;
-    const int k0 = step * TILE;
+    u16* dst = ws + step % BUFFERS * W_ELEMS;
+    const int k0 = step * COLS;
 #pragma unroll
-    for (int j = 0; j < TILE / 16; j++) {
+    for (int j = 0; j < COLS / 16; j++) {
       const int r = tid / 8 + 16 * j;
       const int wr = (OUTPUT ? n0 : k0) + r, wc = (OUTPUT ? k0 : n0) + c;
       const bool in = wr < (OUTPUT ? N : K) && wc < DC;
@@ -76,8 +87,8 @@ DEVICE void absorb(const AbsorbProduct& a) {
     }
   };
   auto load_x = [&](int step) {
-    u16* dst = xs + step % BUFFERS * TILE_ELEMS;
-    const int k0 = step * TILE;
+    u16* dst = xs + step % BUFFERS * X_ELEMS;
+    const int k0 = step * COLS;
 #pragma unroll
     for (int j = 0; j < TILE / 16; j++) {
       const bool in = x_row[j] != nullptr && k0 + c < K;
@@ -85,9 +96,9 @@ DEVICE void absorb(const AbsorbProduct& a) {
     }
   };
 
-  float acc[8][4];
+  float acc[N_TILES][4];
 #pragma unroll
-  for (int n = 0; n < 8; n++)
+  for (int n = 0; n < N_TILES; n++)
 #pragma unroll
     for (int i = 0; i < 4; i++) acc[n][i] = 0.f;
 
@@ -102,17 +113,18 @@ DEVICE void absorb(const AbsorbProduct& a) {
     cp_async_commit();  // the first group has all weights so far: harmless
   }
 
-  // The rope parts pass by; the CTAs of a row tile share them.
-  if (!OUTPUT && DR > 0) {
-    constexpr int AT_ONCE = DN % 8 == 0 && DR % 8 == 0 && DC % 8 == 0 ? 8 : 1, CHUNKS = DR > 0 ? DR / AT_ONCE : 1;
+  // The rope parts pass by and turn on the way; the CTAs of a row tile share them.
+  if constexpr (!OUTPUT && DR > 0) {
+    constexpr int VEC = DN % 8 == 0 && DR % 16 == 0 && DC % 8 == 0 ? 8 : 1, CHUNKS = DR / VEC;
     for (int i = blockIdx.x * 128 + tid; i < TILE * CHUNKS; i += gridDim.x * 128) {
-      const int p = m0 + i / CHUNKS, col = i % CHUNKS * AT_ONCE;
+      const int p = m0 + i / CHUNKS, col = i % CHUNKS * VEC;
       if (p >= pairs) break;
-      const size_t at = (size_t)(p / mine) * a.heads + first + p % mine;
-      const u16* src = a.in + at * (DN + DR) + DN + col;
-      u16* dst = a.out + at * (DC + DR) + DC + col;
-      if (AT_ONCE == 8) *(uint4*)dst = *(const uint4*)src;
-      else *dst = *src;
+      const int row = p / mine, head = first + p % mine;
+      const size_t angles = (size_t)a.positions[row] * (DR / 2);
+      float v[VEC];
+      rope_turn<DR, VEC, INTERLEAVE>(a.in + (size_t)row * a.in_stride + head * IN + DN, col, a.cos_table + angles,
+                                     a.sin_table + angles, v);
+      store_bf16(a.out + ((size_t)row * a.heads + head) * OUT + DC + col, v);
     }
   }
 
@@ -124,19 +136,20 @@ DEVICE void absorb(const AbsorbProduct& a) {
       load_x(s + BUFFERS - 1);
     }
     cp_async_commit();
-    const u16* x = xs + s % BUFFERS * TILE_ELEMS + warp * 16 * ROW;
-    const u16* b = ws + s % BUFFERS * TILE_ELEMS;
+    const u16* x = xs + s % BUFFERS * X_ELEMS + down * ROW;
+    const u16* b = ws + s % BUFFERS * W_ELEMS;
 #pragma unroll
-    for (int k = 0; k < TILE; k += 16) {
+    for (int k = 0; k < COLS; k += 16) {
       u32 f[4];
       ldmatrix4(f, smem_addr(x + lane % 16 * ROW + k + lane / 16 * 8));
 #pragma unroll
-      for (int n = 0; n < 8; n += 2) {
+      for (int n = 0; n < N_TILES; n += 2) {
+        const int col = across + n * 8;
         u32 t[4];
         if (OUTPUT) {
-          ldmatrix4(t, smem_addr(b + (n * 8 + lane / 16 * 8 + lane % 8) * ROW + k + lane / 8 % 2 * 8));
+          ldmatrix4(t, smem_addr(b + (col + lane / 16 * 8 + lane % 8) * ROW + k + lane / 8 % 2 * 8));
         } else {
-          ldmatrix4_trans(t, smem_addr(b + (k + lane % 16) * ROW + n * 8 + lane / 16 * 8));
+          ldmatrix4_trans(t, smem_addr(b + (k + lane % 16) * ROW + col + lane / 16 * 8));
         }
         mma_bf16(acc[n], f, t[0], t[1]);
         mma_bf16(acc[n + 1], f, t[2], t[3]);
@@ -146,12 +159,12 @@ DEVICE void absorb(const AbsorbProduct& a) {
 
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const int p = m0 + warp * 16 + h * 8 + lane / 4;
+    const int p = m0 + down + h * 8 + lane / 4;
     if (p >= pairs) continue;
     u16* out = a.out + ((size_t)(p / mine) * a.heads + first + p % mine) * OUT;
 #pragma unroll
-    for (int n = 0; n < 8; n++) {
-      const int col = n0 + n * 8 + lane % 4 * 2;
+    for (int n = 0; n < N_TILES; n++) {
+      const int col = n0 + across + n * 8 + lane % 4 * 2;
       if (OUT % 2 == 0 && col + 1 < N) {
         *(u32*)(out + col) = pack_bf16(acc[n][2 * h], acc[n][2 * h + 1]);
       } else {

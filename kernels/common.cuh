@@ -505,3 +505,84 @@ struct Skinny {
     return v;
   }
 };
+
+// ---- rows of bf16 in memory, 8 values or 1 at a time ----
+
+template <int VEC>
+DEVICE void load_bf16(const u16* p, float (&v)[VEC]) {
+  if (VEC == 8 && ((u64)p & 15) == 0) {
+    const uint4 q = *(const uint4*)p;
+    const u32 w[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+    for (int i = 0; i < VEC; i++) v[i] = i & 1 ? bf16_hi(w[i / 2]) : bf16_lo(w[i / 2]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < VEC; i++) v[i] = bf16_to_f32(p[i]);
+  }
+}
+
+// p must lie at 16 bytes where VEC is 8.
+template <int VEC>
+DEVICE void store_bf16(u16* p, const float (&v)[VEC]) {
+  if (VEC == 8) {
+    u32 w[4];
+#pragma unroll
+    for (int i = 0; i + 1 < VEC; i += 2) w[i / 2] = pack_bf16(v[i], v[i + 1]);
+    *(uint4*)p = make_uint4(w[0], w[1], w[2], w[3]);
+  } else {
+    p[0] = f32_to_bf16(v[0]);
+  }
+}
+
+// ---- rotary embedding ----
+
+// Elements at .. at + VEC of the vector x[D] turned by the angles of cs, sn [D / 2]:
+// the pairs are (2i, 2i+1) where INTERLEAVED, else (i, i + D/2). VEC is 8 or 1 and
+// divides D / 2 where halves turn.
+template <int D, int VEC, bool INTERLEAVED>
+DEVICE void rope_turn(const u16* x, int at, const float* cs, const float* sn, float (&v)[VEC]) {
+  constexpr int HALF = D / 2;
+  if (INTERLEAVED && VEC == 8) {
+    float p[VEC];
+    load_bf16(x + at, p);
+#pragma unroll
+    for (int i = 0; i + 1 < VEC; i += 2) {
+      const float c = cs[(at + i) / 2], s = sn[(at + i) / 2];
+      v[i] = p[i] * c - p[i + 1] * s;
+      v[i + 1] = p[i + 1] * c + p[i] * s;
+    }
+  } else if (INTERLEAVED) {
+    const float own = bf16_to_f32(x[at]), other = bf16_to_f32(x[at ^ 1]);
+    v[0] = own * cs[at / 2] + (at & 1 ? other : -other) * sn[at / 2];
+  } else {
+    const bool upper = at >= HALF;
+    float own[VEC], other[VEC];
+    load_bf16(x + at, own);
+    load_bf16(x + (upper ? at - HALF : at + HALF), other);
+    const int pair = upper ? at - HALF : at;
+#pragma unroll
+    for (int i = 0; i < VEC; i++) v[i] = own[i] * cs[pair + i] + (upper ? other[i] : -other[i]) * sn[pair + i];
+  }
+}
+
+// ---- clusters of CTAs, and copies to L2 ----
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// To L2, where what another launch writes later is seen. 16-byte aligned, a multiple of 16 bytes.
+DEVICE void prefetch_bulk(const void* p, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+}
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// The address, in CTA `rank` of the cluster, of what lies at `addr` in this one.
+DEVICE u32 cluster_addr(u32 addr, int rank) {
+  u32 at;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(addr), "r"(rank));
+  return at;
+}
+DEVICE void cluster_store(u32 at, u32 x, u32 y) {
+  asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(x), "r"(y) : "memory");
+}
+#else
+DEVICE void prefetch_bulk(const void*, u32) {}
+#endif

@@ -1,8 +1,8 @@
 // RMS norms. The residual stream is f32: it is small beside the weights, and what
 // many layers add to it is not rounded away. One CTA a row, the row in registers.
 //
-// -D WIDTH  columns normed; -D X_BF16=1 if the residual x is bf16 (norm_rows, add_norm only)
-// norm_rows, add_norm, norm_columns: grid rows; block NORM_THREADS =
+// -D WIDTH  columns normed; -D X_BF16=1 if the residual x is bf16
+// norm_rows, add_norm: grid rows; block NORM_THREADS =
 //   min(1024, V / 8 rounded up to a multiple of 32), V = WIDTH if WIDTH % 8 == 0,
 //   else 8 * WIDTH (then a thread takes single elements).
 
@@ -29,15 +29,6 @@ struct AddNorm {
   Residual* x;          // [rows, WIDTH], read and written
   const float* weight;  // [WIDTH]
   u16* out;             // [rows, WIDTH]
-  float eps;
-};
-
-struct NormColumns {
-  const u16* x;         // first column of the view; row r begins at x + r * x_stride
-  const float* weight;  // [WIDTH]
-  u16* out;             // row r begins at out + r * out_stride
-  int x_stride;         // elements
-  int out_stride;       // elements
   float eps;
 };
 
@@ -169,19 +160,4 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) add_norm(const AddNor
     }
   }
   finish_norm(v, w, a.eps, a.out + row * WIDTH);
-}
-
-extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_columns(const NormColumns a) {
-  const size_t row = blockIdx.x;
-  float v[PER][VEC], w[PER][VEC];
-  grid_launch_dependents();
-  load_weights(a.weight, w);
-  grid_wait();
-#pragma unroll
-  for (int i = 0; i < PER; i++) {
-#pragma unroll
-    for (int k = 0; k < VEC; k++) v[i][k] = 0.f;
-    if (column(i) < WIDTH) load_values(a.x + row * a.x_stride + column(i), v[i]);
-  }
-  finish_norm(v, w, a.eps, a.out + row * a.out_stride);
 }

@@ -72,6 +72,16 @@ impl<T> Clone for View<'_, T> {
 }
 impl<T> Copy for View<'_, T> {}
 
+/// Columns of a tensor that are normed on their way to another.
+pub struct Normed<'a, B: Backend> {
+    /// What is normed.
+    pub x: View<'a, B::Tensor>,
+    /// The norm's weight. `[x.width]`
+    pub weight: &'a B::Vector,
+    /// `rmsnorm(x)·weight`. `[rows, x.width]`
+    pub out: &'a mut B::Tensor,
+}
+
 /// How the reduction of a product is split over the ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reduction {
@@ -233,14 +243,8 @@ pub trait Backend: Send + Sized {
         x: View<Self::Tensor>,
         out: &mut Self::Tensor,
     ) -> Result<()>;
-    /// `out = rmsnorm(x)·weight` of some columns (a latent). `[rows, x.width]`
-    fn norm_columns(
-        &self,
-        x: View<Self::Tensor>,
-        weight: &Self::Vector,
-        eps: f32,
-        out: &mut Self::Tensor,
-    ) -> Result<()>;
+    /// GQA path. The norms of the latent and, where there is one, of the query latent.
+    fn norm_latents(&self, latent: Normed<Self>, q: Option<Normed<Self>>, eps: f32) -> Result<()>;
     /// GQA path. Rotates queries into `q_out` and appends keys, values and the rope key to the cache.
     /// `q` `[rows, heads·(nope+rope)]`; `kv` `[rows, groups·(nope+value)]`, group-major, K then V; `k_rope` `[rows, rope]`.
     /// Without a shared rope key (`k_rope` is `None`) the whole of each query and key turns.
@@ -254,15 +258,16 @@ pub trait Backend: Send + Sized {
         q_out: &mut Self::Tensor,
         cache: &mut Self::Cache,
     ) -> Result<()>;
-    /// Absorb path. Rotates queries into `q_out` and appends the latent `[rows, latent]` and the rope key to the cache.
-    fn rope_append_latent(
+    /// Absorb path. Appends the latent `[rows, latent]`, normed where a weight is given, and the turned rope key
+    /// `[rows, rope]` to the cache, and norms the query latent where there is one.
+    fn append_latent(
         &self,
         shape: &AttentionShape,
         rope: &Self::RopeTable,
-        q: View<Self::Tensor>,
-        latent: View<Self::Tensor>,
+        latent: (View<Self::Tensor>, Option<&Self::Vector>),
         k_rope: View<Self::Tensor>,
-        q_out: &mut Self::Tensor,
+        q: Option<Normed<Self>>,
+        eps: f32,
         cache: &mut Self::Cache,
     ) -> Result<()>;
     /// Causal attention over the cached groups. `q` `[rows, heads·(nope+rope)]` → `out` `[rows, heads·value]`
@@ -274,12 +279,13 @@ pub trait Backend: Send + Sized {
         out: &mut Self::Tensor,
     ) -> Result<()>;
     /// `q_n ↦ W_UKᵀ q_n`, batched over groups: `q` `[rows, heads·(nope+rope)]` → `out` `[rows, heads·(latent+rope)]`,
-    /// the rope parts copied. `kv_up` is kv_b's rows of the rank's groups, `[groups·(nope+value), latent]`.
+    /// the rope parts turned. `kv_up` is kv_b's rows of the rank's groups, `[groups·(nope+value), latent]`.
     fn absorb_query(
         &self,
         shape: &AttentionShape,
+        rope: &Self::RopeTable,
         kv_up: &Self::Matrix,
-        q: &Self::Tensor,
+        q: View<Self::Tensor>,
         out: &mut Self::Tensor,
     ) -> Result<()>;
     /// Causal attention over the cached latents. `q` `[rows, heads·(latent+rope)]` → `out` `[rows, heads·latent]`
@@ -298,6 +304,20 @@ pub trait Backend: Send + Sized {
         latent: &Self::Tensor,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// [`attend_latent`](Backend::attend_latent), then [`absorb_output`](Backend::absorb_output): `q`
+    /// `[rows, heads·(latent+rope)]` → `out` `[rows, heads·value]`. `latent` may hold what stands between.
+    fn attend_absorbed(
+        &self,
+        shape: &AttentionShape,
+        kv_up: &Self::Matrix,
+        q: &Self::Tensor,
+        cache: &Self::Cache,
+        latent: &mut Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.attend_latent(shape, q, cache, latent)?;
+        self.absorb_output(shape, kv_up, latent, out)
+    }
     /// `out = silu(gate)·up`: `gate_up` `[rows, 2·width]`, gate first → `out` `[rows, width]`
     fn silu_mul(&self, gate_up: &Self::Tensor, width: usize, out: &mut Self::Tensor) -> Result<()>;
     /// The first half of a gated MLP: `out = silu(gate)·up` of `x·gate_upᵀ (+ bias)`; `gate_up` may hold what stands

@@ -6,7 +6,7 @@ pub mod rope;
 pub mod shard;
 pub mod weights;
 
-use crate::backend::{AttentionShape, Backend, Batch, View};
+use crate::backend::{AttentionShape, Backend, Batch, Normed, View};
 use crate::cache::Layout;
 use crate::checkpoint::Checkpoint;
 use crate::config::{Attention, ModelConfig};
@@ -48,11 +48,11 @@ struct Activations<B: Backend> {
     down: B::Tensor,
     /// Normed query latent. `[q_rank]`
     q_latent: B::Tensor,
-    /// Normed latent. `[d_c]`
+    /// Normed latent on the GQA path. `[d_c]`
     latent: B::Tensor,
     /// Queries before rope. `[heads_local·(d_n+d_r)]`
     q: B::Tensor,
-    /// Queries after rope. `[heads_local·(d_n+d_r)]`
+    /// Queries after rope on the GQA path. `[heads_local·(d_n+d_r)]`
     q_turned: B::Tensor,
     /// Keys and values of the GQA path. `[groups_local·(d_n+d_v)]`
     kv: B::Tensor,
@@ -218,28 +218,35 @@ impl<B: Backend> Model<B> {
                     Attention::Latent(l) => l.latent_norm_eps,
                     Attention::Grouped(_) => self.config.norm_eps,
                 };
-                let (q, after_q) = match &w.query {
-                    None => (View::new(&a.down, 0, q_width), q_width),
-                    Some((norm, up)) => {
-                        let rank = match &self.config.attention {
-                            Attention::Latent(l) => l.q_rank.unwrap_or(0),
-                            Attention::Grouped(_) => 0,
-                        };
-                        let mut q_latent = View::new(&a.down, 0, rank);
-                        if let Some(norm) = norm {
-                            b.norm_columns(q_latent, norm, eps, &mut a.q_latent)?;
-                            q_latent = View::new(&a.q_latent, 0, rank);
-                        }
+                let (rank, latents) = match &self.config.attention {
+                    Attention::Latent(l) => (l.q_rank.unwrap_or(0), l.q_rank.unwrap_or(q_width)),
+                    Attention::Grouped(_) => (0, 0),
+                };
+                let mut q_latent = View::new(&a.down, 0, rank);
+                let mut latent = View::new(&a.down, latents, s.latent);
+                let k_rope = View::new(&a.down, latents + s.latent, s.rope);
+                let q_norm = w.query.as_ref().and_then(|q| q.0.as_ref());
+                let q_normed = q_norm.map(|weight| Normed { x: q_latent, weight, out: &mut a.q_latent });
+                match (self.owned.path, &w.kv_norm) {
+                    (Path::Absorb, norm) => {
+                        b.append_latent(s, rope, (latent, norm.as_ref()), k_rope, q_normed, eps, cache)?;
+                    }
+                    (Path::Gqa, Some(weight)) => {
+                        b.norm_latents(Normed { x: latent, weight, out: &mut a.latent }, q_normed, eps)?;
+                        latent = View::new(&a.latent, 0, s.latent);
+                    }
+                    (Path::Gqa, None) => {}
+                }
+                if q_norm.is_some() {
+                    q_latent = View::new(&a.q_latent, 0, rank);
+                }
+                let q = match &w.query {
+                    None => View::new(&a.down, 0, q_width),
+                    Some((_, up)) => {
                         b.linear(up, None, q_latent, &mut a.q)?;
-                        (View::new(&a.q, 0, q_width), rank)
+                        View::new(&a.q, 0, q_width)
                     }
                 };
-                let mut latent = View::new(&a.down, after_q, s.latent);
-                let k_rope = View::new(&a.down, after_q + s.latent, s.rope);
-                if let Some(norm) = &w.kv_norm {
-                    b.norm_columns(latent, norm, eps, &mut a.latent)?;
-                    latent = View::new(&a.latent, 0, s.latent);
-                }
                 match self.owned.path {
                     Path::Gqa => {
                         b.linear(&w.kv_up, None, latent, &mut a.kv)?;
@@ -248,10 +255,8 @@ impl<B: Backend> Model<B> {
                         b.attend_grouped(s, &a.q_turned, cache, &mut a.o)?;
                     }
                     Path::Absorb => {
-                        b.rope_append_latent(s, rope, q, latent, k_rope, &mut a.q_turned, cache)?;
-                        b.absorb_query(s, &w.kv_up, &a.q_turned, &mut a.q_absorbed)?;
-                        b.attend_latent(s, &a.q_absorbed, cache, &mut a.o_latent)?;
-                        b.absorb_output(s, &w.kv_up, &a.o_latent, &mut a.o)?;
+                        b.absorb_query(s, rope, &w.kv_up, q, &mut a.q_absorbed)?;
+                        b.attend_absorbed(s, &w.kv_up, &a.q_absorbed, cache, &mut a.o_latent, &mut a.o)?;
                     }
                 }
             }
@@ -356,9 +361,9 @@ impl<B: Backend> Activations<B> {
             partial: b.summed(rows, config.hidden)?,
             down: b.tensor(rows, down)?,
             q_latent: when(q_rank > 0, q_rank)?,
-            latent: when(s.latent > 0, s.latent)?,
+            latent: when(!absorb && s.latent > 0, s.latent)?,
             q: when(q_rank > 0, q)?,
-            q_turned: b.tensor(rows, q)?,
+            q_turned: when(!absorb, q)?,
             kv: when(!absorb && s.latent > 0, kv)?,
             q_absorbed: when(absorb, s.heads * (s.latent + s.rope))?,
             o_latent: when(absorb, s.heads * s.latent)?,

@@ -185,9 +185,9 @@ impl Case {
         let k_rope = (s.rope > 0).then(|| cut(&self.k_rope, s.rope));
         let k_rope = k_rope.as_ref().map(|k| View::new(k, 0, s.rope));
         if self.is_latent() {
-            b.rope_append_latent(s, &table, q, kv, k_rope.unwrap(), &mut q_out, cache).unwrap();
+            b.append_latent(s, &table, (kv, None), k_rope.unwrap(), None, 0.0, cache).unwrap();
             let mut absorbed = tensor(b, &vec![f32::NAN; n * self.attend_width()], self.attend_width());
-            b.absorb_query(s, up.unwrap(), &q_out, &mut absorbed).unwrap();
+            b.absorb_query(s, &table, up.unwrap(), q, &mut absorbed).unwrap();
             b.attend_latent(s, &absorbed, cache, &mut out).unwrap();
         } else {
             b.rope_append_grouped(s, &table, q, kv, k_rope, &mut q_out, cache).unwrap();
@@ -335,9 +335,9 @@ fn attend_rows(b: &CpuBackend, cache: &mut Cache, up: Option<&Matrix>, case: &Ca
     let mut out = b.tensor(n, case.out_width()).unwrap();
     let (q, kv) = (View::new(&q, 0, case.q_width()), View::new(&kv, 0, kv_width));
     if case.is_latent() {
-        b.rope_append_latent(s, &table, q, kv, k_rope.unwrap(), &mut turned, cache).unwrap();
+        b.append_latent(s, &table, (kv, None), k_rope.unwrap(), None, 0.0, cache).unwrap();
         let mut absorbed = b.tensor(n, case.attend_width()).unwrap();
-        b.absorb_query(s, up.unwrap(), &turned, &mut absorbed).unwrap();
+        b.absorb_query(s, &table, up.unwrap(), q, &mut absorbed).unwrap();
         b.attend_latent(s, &absorbed, cache, &mut out).unwrap();
     } else {
         b.rope_append_grouped(s, &table, q, kv, k_rope, &mut turned, cache).unwrap();

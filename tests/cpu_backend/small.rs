@@ -1,6 +1,6 @@
 //! Embedding, norms, activation, residual.
 
-use gqla::backend::{Backend, Reduction, View};
+use gqla::backend::{Backend, Normed, Reduction, View};
 
 use crate::support::*;
 
@@ -27,19 +27,25 @@ fn embed_takes_the_ranks_rows_and_zero_elsewhere() {
 fn norms_are_rmsnorm_of_the_columns() {
     let mut random = Random::new();
     for width in [1, 15, 16, 77, 512] {
-        let (n, before) = (1 + random.below(40), random.below(5));
-        let wide = before + width + 3;
+        let (n, before, second) = (1 + random.below(40), random.below(5), 1 + random.below(90));
+        let wide = before + width + second;
         let data = random.floats(n * wide);
-        let weight = random.floats(width);
+        let (weight, second_weight) = (random.floats(width), random.floats(second));
         let mut results = Vec::new();
         for mut b in variants() {
             b.begin(&rows(n)).unwrap();
             let x = tensor(&b, &data, wide);
-            let mut out = b.tensor(n, width).unwrap();
-            b.norm_columns(View::new(&x, before, width), &weight, 1e-5, &mut out).unwrap();
-            results.push(b.read(&out, n).unwrap());
+            let (mut out, mut second_out) = (b.tensor(n, width).unwrap(), b.tensor(n, second).unwrap());
+            let first = Normed { x: View::new(&x, before, width), weight: &weight, out: &mut out };
+            let after = View::new(&x, before + width, second);
+            let after = Normed { x: after, weight: &second_weight, out: &mut second_out };
+            b.norm_latents(first, Some(after), 1e-5).unwrap();
+            results.push([b.read(&out, n).unwrap(), b.read(&second_out, n).unwrap()].concat());
         }
-        let want: Vec<f64> = (0..n).flat_map(|r| rmsnorm(&data[r * wide + before..][..width], &weight, 1e-5)).collect();
+        let rows = |first: usize, weight: &[f32]| -> Vec<f64> {
+            (0..n).flat_map(|r| rmsnorm(&data[r * wide + first..][..weight.len()], weight, 1e-5)).collect()
+        };
+        let want = [rows(before, &weight), rows(before + width, &second_weight)].concat();
         close(&results[0], &want, 1e-6);
         assert!(results.iter().all(|r| bits(r) == bits(&results[0])));
     }

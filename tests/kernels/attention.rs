@@ -1,7 +1,7 @@
 //! Rotation, append and attention, on both layouts, over caches whose unused slots are NaN.
 
 use gqla::backend::cuda::CudaBackend;
-use gqla::backend::{AttentionShape, Backend, Batch, Span, View};
+use gqla::backend::{AttentionShape, Backend, Batch, Normed, Span, View};
 use gqla::cache::{BLOCK, Layout};
 use gqla::config::{Rope, RopeScaling};
 
@@ -61,6 +61,9 @@ fn batches(random: &mut Random) -> Vec<Batch> {
 }
 
 const ROPE: Rope = Rope { theta: 10000.0, interleave: true, scaling: RopeScaling::Default };
+
+/// Width of a query latent.
+const RANK: usize = 48;
 
 fn frequencies(turned: usize) -> Vec<f64> {
     (0..turned / 2).map(|i| 10000f64.powf(-((2 * i) as f64) / turned as f64)).collect()
@@ -167,6 +170,9 @@ fn latent_attention_and_the_absorbing_products() {
         let up: Vec<f32> = p.random.floats(s.groups * (s.nope + s.value) * s.latent);
         let up: Vec<f32> = up.iter().map(|x| x / 16.0).collect();
         let (ug, uc) = p.matrices(&up, s.latent);
+        let (normed, weight, q_weight) = (s.groups != 3, p.random.floats(s.latent), p.random.floats(RANK));
+        let (wg, wc) = (p.gpu.vector(&weight).unwrap(), p.cpu.vector(&weight).unwrap());
+        let (qwg, qwc) = (p.gpu.vector(&q_weight).unwrap(), p.cpu.vector(&q_weight).unwrap());
         for batch in batches(&mut p.random) {
             let mut cg = poisoned(&p.gpu, layout, blocks(&batch));
             let mut cc = p.cpu.cache(layout, blocks(&batch)).unwrap();
@@ -175,21 +181,34 @@ fn latent_attention_and_the_absorbing_products() {
                 p.begin(step);
                 let n = step.rows();
                 let qw = s.heads * (s.nope + s.rope);
-                let wide = qw + s.latent + s.rope;
+                let wide = RANK + qw + s.latent + s.rope;
                 let x = p.random.floats(n * wide);
                 let (xg, xc) = p.tensors(&x, wide);
-                let (mut qg, mut qc) = p.outputs(n, qw);
-                let (a, b) = (View::new(&xg, qw, s.latent), View::new(&xg, qw + s.latent, s.rope));
-                p.gpu.rope_append_latent(&s, &tg, View::new(&xg, 0, qw), a, b, &mut qg, &mut cg).unwrap();
-                let (a, b) = (View::new(&xc, qw, s.latent), View::new(&xc, qw + s.latent, s.rope));
-                p.cpu.rope_append_latent(&s, &tc, View::new(&xc, 0, qw), a, b, &mut qc, &mut cc).unwrap();
+                let ((mut qg, mut qc), at) = (p.outputs(n, RANK), RANK + qw);
+                let (latent, key) = (View::new(&xg, at, s.latent), View::new(&xg, at + s.latent, s.rope));
+                let (weight, q) = if normed {
+                    (Some(&wg), Some(Normed { x: View::new(&xg, 0, RANK), weight: &qwg, out: &mut qg }))
+                } else {
+                    (None, None)
+                };
+                p.gpu.append_latent(&s, &tg, (latent, weight), key, q, 1e-6, &mut cg).unwrap();
+                let (latent, key) = (View::new(&xc, at, s.latent), View::new(&xc, at + s.latent, s.rope));
+                let (weight, q) = if normed {
+                    (Some(&wc), Some(Normed { x: View::new(&xc, 0, RANK), weight: &qwc, out: &mut qc }))
+                } else {
+                    (None, None)
+                };
+                p.cpu.append_latent(&s, &tc, (latent, weight), key, q, 1e-6, &mut cc).unwrap();
                 if i + 1 < all.len() {
                     continue;
                 }
+                if normed {
+                    p.same("norm of a query latent", (&qg, &qc), n, 5e-3);
+                }
                 let spans: Vec<_> = batch.spans.iter().map(|s| (s.rows, s.context)).collect();
                 let (mut ag, mut ac) = p.outputs(n, s.heads * (s.latent + s.rope));
-                p.gpu.absorb_query(&s, &ug, &qg, &mut ag).unwrap();
-                p.cpu.absorb_query(&s, &uc, &qc, &mut ac).unwrap();
+                p.gpu.absorb_query(&s, &tg, &ug, View::new(&xg, RANK, qw), &mut ag).unwrap();
+                p.cpu.absorb_query(&s, &tc, &uc, View::new(&xc, RANK, qw), &mut ac).unwrap();
                 p.same(&format!("absorbed queries {dims:?}"), (&ag, &ac), n, 8e-3);
                 let (mut lg, mut lc) = p.outputs(n, s.heads * s.latent);
                 p.gpu.attend_latent(&s, &ag, &cg, &mut lg).unwrap();
@@ -199,6 +218,10 @@ fn latent_attention_and_the_absorbing_products() {
                 p.gpu.absorb_output(&s, &ug, &lg, &mut og).unwrap();
                 p.cpu.absorb_output(&s, &uc, &lc, &mut oc).unwrap();
                 p.same(&format!("output {dims:?} over {spans:?}"), (&og, &oc), n, 1.5e-2);
+                p.gpu.poison_tensor(&mut lg, 0xff).unwrap();
+                p.gpu.poison_tensor(&mut og, 0xff).unwrap();
+                p.gpu.attend_absorbed(&s, &ug, &ag, &cg, &mut lg, &mut og).unwrap();
+                p.same(&format!("attention and output {dims:?} over {spans:?}"), (&og, &oc), n, 1.5e-2);
             }
         }
     }

@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 
 use gqla::backend::AttentionShape;
 use gqla::backend::cuda::kernels::{Source, compile, compiler_version, export, source};
-use gqla::backend::cuda::{decode_source, expert_constants, prefill_constants, route_constants};
+use gqla::backend::cuda::{
+    absorb_constants, combines_output, decode_source, expert_constants, latent_constants, prefill_constants,
+    route_constants,
+};
 use gqla::config::{Moe, Scoring};
 
 /// (heads, groups, nope, rope, value, latent) of one rank.
@@ -76,10 +79,17 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
             add(&source::COMBINE, vec![("DV", int(s.latent)), ("SQ", int(rows))]);
         }
         add(&source::PREFILL, prefill_constants(&s, true, if hopper { 227 << 10 } else { 99 << 10 }));
-        let dc = ("DC", int(s.latent));
-        add(&source::ROPE_APPEND_LATENT, vec![dn, dr, dc, ("INTERLEAVE", 1)]);
-        add(&source::ROPE_APPEND_LATENT, vec![dn, dr, dc, ("INTERLEAVE", 0)]);
-        add(&source::ABSORB_PRODUCT, vec![dn, dr, dc, ("DV", int(s.value))]);
+        for interleave in [true, false] {
+            for q_rank in [0, 768, 77] {
+                add(&source::APPEND_LATENT, latent_constants(q_rank, s.latent, s.rope, interleave).to_vec());
+            }
+            for tile in [16, 64] {
+                add(&source::ABSORB_PRODUCT, absorb_constants(&s, interleave, tile).to_vec());
+            }
+        }
+        if hopper && combines_output(&s) {
+            add(&source::COMBINE_OUTPUT, vec![("SQ", 1), dn, ("DV", int(s.value))]);
+        }
     }
     let moe = |experts, top_k, groups, top_groups, scoring| Moe {
         experts,

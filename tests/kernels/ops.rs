@@ -1,7 +1,7 @@
 //! Operations that look at one row, products, routing, the head.
 
 use gqla::backend::cpu::HostRows;
-use gqla::backend::{Backend, Reduction, View};
+use gqla::backend::{Backend, Normed, Reduction, View};
 use gqla::checkpoint::Checkpoint;
 use gqla::config::{Moe, Scoring};
 
@@ -46,11 +46,20 @@ fn embedding_norms_and_activation() {
 
         let wide = p.random.floats(n * (hidden + 24));
         let (vg, vc) = p.tensors(&wide, hidden + 24);
-        for first in [0, 8, 3] {
-            let (mut og, mut oc) = p.outputs(n, hidden);
-            p.gpu.norm_columns(View::new(&vg, first, hidden), &wg, 1e-6, &mut og).unwrap();
-            p.cpu.norm_columns(View::new(&vc, first, hidden), &wc, 1e-6, &mut oc).unwrap();
-            p.same("norm of columns", (&og, &oc), n, BOUND);
+        for (first, q_width) in [(0, 0), (8, 16), (3, 21)] {
+            let q_weight = p.random.floats(q_width);
+            let (qg, qc) = (p.gpu.vector(&q_weight).unwrap(), p.cpu.vector(&q_weight).unwrap());
+            let ((mut og, mut oc), (mut qog, mut qoc)) = (p.outputs(n, hidden), p.outputs(n, q_width));
+            let normed = Normed { x: View::new(&vg, first, hidden), weight: &wg, out: &mut og };
+            let q = Normed { x: View::new(&vg, hidden, q_width), weight: &qg, out: &mut qog };
+            p.gpu.norm_latents(normed, (q_width > 0).then_some(q), 1e-6).unwrap();
+            let normed = Normed { x: View::new(&vc, first, hidden), weight: &wc, out: &mut oc };
+            let q = Normed { x: View::new(&vc, hidden, q_width), weight: &qc, out: &mut qoc };
+            p.cpu.norm_latents(normed, (q_width > 0).then_some(q), 1e-6).unwrap();
+            p.same("norm of a latent", (&og, &oc), n, BOUND);
+            if q_width > 0 {
+                p.same("norm of a query latent", (&qog, &qoc), n, BOUND);
+            }
         }
 
         let gate_up = p.random.floats(n * 2 * hidden);

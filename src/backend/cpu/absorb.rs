@@ -16,23 +16,20 @@ fn check(shape: &AttentionShape, kv_up: &Matrix) {
     assert_eq!(kv_up.segments, 1, "kv_b is split by group, never by latent column");
 }
 
-/// See [`Backend::absorb_query`](crate::backend::Backend::absorb_query).
-pub(super) fn absorb_query(
+/// See [`Backend::absorb_query`](crate::backend::Backend::absorb_query),
+/// but for the rope parts, which are left as they are. `q(row)` is `[heads·(nope+rope)]`.
+pub(super) fn absorb_query<'a>(
     workers: &Workers,
     isa: Isa,
     shape: &AttentionShape,
     kv_up: &Matrix,
     rows: usize,
-    q: &[f32],
+    q: impl Fn(usize) -> &'a [f32] + Sync,
     out: &mut [f32],
 ) {
     check(shape, kv_up);
     let (q_width, out_width) = (shape.nope + shape.rope, shape.latent + shape.rope);
-    assert!(q.len() >= rows * shape.heads * q_width && out.len() >= rows * shape.heads * out_width);
-    for at in 0..rows * shape.heads {
-        out[at * out_width + shape.latent..][..shape.rope]
-            .copy_from_slice(&q[at * q_width + shape.nope..][..shape.rope]);
-    }
+    assert!(out.len() >= rows * shape.heads * out_width);
     let groups = heads_of_groups(shape);
     let pieces = shape.latent.div_ceil(COLUMNS);
     let out = Shared::new(out);
@@ -44,7 +41,7 @@ pub(super) fn absorb_query(
         for row in 0..rows {
             for head in groups[group].clone() {
                 let at = row * shape.heads + head;
-                from.push(q[at * q_width..][..shape.nope].as_ptr());
+                from.push(q(row)[head * q_width..][..shape.nope].as_ptr());
                 // SAFETY: this query's columns from `first` on are this task's.
                 to.push(unsafe { out.slice(at * out_width + first, width) }.as_mut_ptr());
             }

@@ -27,7 +27,7 @@ use self::buffer::Shared;
 use self::linear::{Input, Outputs, Product, local_segments};
 use self::moe::Mlps;
 use self::simd::Isa;
-use crate::backend::{AttentionShape, Backend, Batch, ExpertSlices, Reduction, View};
+use crate::backend::{AttentionShape, Backend, Batch, ExpertSlices, Normed, Reduction, View};
 use crate::cache::{BLOCK, Layout};
 use crate::checkpoint::Slice;
 use crate::comm::Communicator;
@@ -223,6 +223,15 @@ impl CpuBackend {
         });
     }
 
+    fn norm_columns(&self, x: View<Tensor>, weight: &[f32], eps: f32, out: &mut Tensor) {
+        self.check_view(&x, weight.len());
+        assert_eq!(out.cols(), x.width);
+        let isa = self.isa;
+        self.each_row(out, x.width, |r, out| {
+            isa.run(ops::RmsNorm { x: columns(&x, r), weight, eps, out });
+        });
+    }
+
     fn check_positions(&self, table: &RopeTable) -> Result<()> {
         match self.batch.positions.iter().max() {
             Some(&p) if p as usize >= table.positions() => {
@@ -297,7 +306,8 @@ impl Backend for CpuBackend {
     }
 
     fn norm(&self, x: &Tensor, weight: &Vec<f32>, eps: f32, out: &mut Tensor) -> Result<()> {
-        self.norm_columns(View::new(x, 0, x.cols()), weight, eps, out)
+        self.norm_columns(View::new(x, 0, x.cols()), weight, eps, out);
+        Ok(())
     }
 
     fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {
@@ -338,13 +348,10 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn norm_columns(&self, x: View<Tensor>, weight: &Vec<f32>, eps: f32, out: &mut Tensor) -> Result<()> {
-        self.check_view(&x, weight.len());
-        assert_eq!(out.cols(), x.width);
-        let isa = self.isa;
-        self.each_row(out, x.width, |r, out| {
-            isa.run(ops::RmsNorm { x: columns(&x, r), weight, eps, out });
-        });
+    fn norm_latents(&self, latent: Normed<Self>, q: Option<Normed<Self>>, eps: f32) -> Result<()> {
+        for n in q.into_iter().chain([latent]) {
+            self.norm_columns(n.x, n.weight, eps, n.out);
+        }
         Ok(())
     }
 
@@ -389,26 +396,31 @@ impl Backend for CpuBackend {
         })
     }
 
-    fn rope_append_latent(
+    fn append_latent(
         &self,
         shape: &AttentionShape,
         rope: &RopeTable,
-        q: View<Tensor>,
-        latent: View<Tensor>,
+        (latent, weight): (View<Tensor>, Option<&Vec<f32>>),
         k_rope: View<Tensor>,
-        q_out: &mut Tensor,
+        q: Option<Normed<Self>>,
+        eps: f32,
         cache: &mut Cache,
     ) -> Result<()> {
         self.check_positions(rope)?;
         assert_eq!(cache.layout, Layout::Latent { latent: shape.latent, rope: shape.rope });
         self.check_view(&latent, shape.latent);
         self.check_view(&k_rope, shape.rope);
-        self.rotate_queries(shape, rope, q, false, q_out);
-        let batch = &self.batch;
+        if let Some(q) = q {
+            self.norm_columns(q.x, q.weight, eps, q.out);
+        }
+        let (batch, isa) = (&self.batch, self.isa);
         cache.append(&self.workers, batch, shape.latent + shape.rope, |r, slot| {
-            let row = slot.row(0, shape.latent + shape.rope);
-            row[..shape.latent].copy_from_slice(columns(&latent, r));
-            rope.rotate(batch.positions[r] as usize, columns(&k_rope, r), &mut row[shape.latent..]);
+            let (out, key) = slot.row(0, shape.latent + shape.rope).split_at_mut(shape.latent);
+            match weight {
+                Some(weight) => isa.run(ops::RmsNorm { x: columns(&latent, r), weight, eps, out }),
+                None => out.copy_from_slice(columns(&latent, r)),
+            }
+            rope.rotate(batch.positions[r] as usize, columns(&k_rope, r), key);
         })
     }
 
@@ -417,10 +429,25 @@ impl Backend for CpuBackend {
         attention::attend_grouped(&self.workers, self.isa, &self.batch, shape, q.data(), cache, &mut out.data)
     }
 
-    fn absorb_query(&self, shape: &AttentionShape, kv_up: &Matrix, q: &Tensor, out: &mut Tensor) -> Result<()> {
-        let widths = (shape.heads * (shape.nope + shape.rope), shape.heads * (shape.latent + shape.rope));
-        assert_eq!((q.cols(), out.cols()), widths);
-        absorb::absorb_query(&self.workers, self.isa, shape, kv_up, self.rows(), q.data(), &mut out.data);
+    fn absorb_query(
+        &self,
+        shape: &AttentionShape,
+        rope: &RopeTable,
+        kv_up: &Matrix,
+        q: View<Tensor>,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.check_positions(rope)?;
+        self.check_view(&q, shape.heads * (shape.nope + shape.rope));
+        assert_eq!((out.cols(), rope.dim()), (shape.heads * (shape.latent + shape.rope), shape.rope));
+        let positions = &self.batch.positions;
+        absorb::absorb_query(&self.workers, self.isa, shape, kv_up, self.rows(), |r| columns(&q, r), &mut out.data);
+        self.each_row(out, out.cols(), |r, out| {
+            let heads = columns(&q, r).chunks_exact(shape.nope + shape.rope);
+            for (q, out) in heads.zip(out.chunks_exact_mut(shape.latent + shape.rope)) {
+                rope.rotate(positions[r] as usize, &q[shape.nope..], &mut out[shape.latent..]);
+            }
+        });
         Ok(())
     }
 

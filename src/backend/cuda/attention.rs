@@ -61,6 +61,20 @@ struct Combine {
     warps: i32,
 }
 #[repr(C)]
+struct CombineOutput {
+    kv_up: u64,
+    part_o: u64,
+    part_lse: u64,
+    seq: u64,
+    whole: u64,
+    out: u64,
+    rows: i32,
+    heads: i32,
+    heads_per_group: i32,
+    first_head_in_group: i32,
+    tile: i32,
+}
+#[repr(C)]
 struct Prefill {
     q: u64,
     cache: u64,
@@ -92,6 +106,15 @@ struct Decode {
     row_groups: usize,
     /// CTAs at once on the GPU.
     resident: usize,
+}
+
+/// Where a decode kernel leaves its results: of sequences that one team has alone in its output, of the others in parts.
+struct Parts {
+    part_o: u64,
+    part_lse: u64,
+    seq: u64,
+    /// The parts that a sequence has on average, were all of them equally long.
+    each: usize,
 }
 
 /// Workspaces of attention. They grow on first use of a size, never inside a graph.
@@ -137,7 +160,9 @@ impl Attention {
         let (q_width, out_width) = widths(shape, form);
         for (i, run) in inputs.runs.iter().enumerate() {
             let skip = |width: usize| (run.first * shape.heads * width * 2) as u64;
-            self.decode(kernels, inputs, shape, form, (i, run), q + skip(q_width), cache, out + skip(out_width))?;
+            let out = out + skip(out_width);
+            let parts = self.decode(kernels, inputs, shape, form, (i, run), q + skip(q_width), cache, out)?;
+            self.combine(kernels, shape, form, run, &parts, out)?;
         }
         for chunk in &inputs.chunks {
             let (f, [threads, shared, tiles]) = prefill(kernels, &self.gpu, shape, form)?;
@@ -163,6 +188,46 @@ impl Attention {
         Ok(())
     }
 
+    /// Enqueues decode attention over latents and the product with W_UV, where the launch that joins a sequence's parts
+    /// multiplies too: on Hopper, in a step that is one run. Elsewhere it enqueues nothing and says false.
+    pub fn attend_absorbed(
+        &self,
+        kernels: &Kernels,
+        inputs: &Inputs,
+        shape: &AttentionShape,
+        (q, cache, latent): (u64, u64, u64),
+        kv_up: u64,
+        out: u64,
+    ) -> Result<bool> {
+        let fits = decode_source(shape, true, 1, self.gpu.sm() == 90).0.hopper && combines_output(shape);
+        let ([run], true) = (inputs.runs.as_slice(), inputs.chunks.is_empty() && fits) else { return Ok(false) };
+        let parts = self.decode(kernels, inputs, shape, Form::Latent, (0, run), q, cache, latent)?;
+        let constants = [("SQ", run.rows as i64), ("DN", shape.nope as i64), ("DV", shape.value as i64)];
+        let f = kernels.get(&source::COMBINE_OUTPUT, "combine_output", &constants)?;
+        let rows = run.count * run.rows;
+        let pairs = rows * shape.heads.min(shape.heads_per_group);
+        // About ten clusters: more cost more to start than they share out.
+        let tile = (pairs * shape.groups).div_ceil(10).clamp(2, 32);
+        let a = CombineOutput {
+            kv_up,
+            part_o: parts.part_o,
+            part_lse: parts.part_lse,
+            seq: parts.seq,
+            whole: latent,
+            out,
+            rows: rows as i32,
+            heads: shape.heads as i32,
+            heads_per_group: shape.heads_per_group as i32,
+            first_head_in_group: shape.first_head_in_group as i32,
+            tile: tile as i32,
+        };
+        let grid = (8, pairs.div_ceil(tile), shape.groups);
+        let launch = Launch { grid, block: 512, shared: f.exports()[0], ..Launch::default() };
+        kernels.launch(f, launch, arguments![a])?;
+        Ok(true)
+    }
+
+    /// The decode kernel of a run.
     fn decode(
         &self,
         kernels: &Kernels,
@@ -173,7 +238,7 @@ impl Attention {
         q: u64,
         cache: u64,
         out: u64,
-    ) -> Result<()> {
+    ) -> Result<Parts> {
         let kernel = decode_kernel(kernels, &self.gpu, shape, form, run.rows)?;
         let teams = (kernel.resident / kernel.row_groups).max(1);
         let (team, seq, fresh) = self.plan(kernels, inputs, form, index, run, teams)?;
@@ -200,12 +265,24 @@ impl Attention {
                 kernels.launch(kernel.function, launch, arguments![a])?;
             }
         }
+        Ok(Parts { part_o, part_lse, seq, each: ((teams + run.count) / run.count).min(teams) })
+    }
+
+    /// Joins a run's parts.
+    fn combine(
+        &self,
+        kernels: &Kernels,
+        shape: &AttentionShape,
+        form: Form,
+        run: &Run,
+        parts: &Parts,
+        out: u64,
+    ) -> Result<()> {
+        let (_, width) = widths(shape, form);
         let constants = [("DV", width as i64), ("SQ", run.rows as i64)];
         let f = kernels.get(&source::COMBINE, "combine", &constants)?;
         let [most, ..] = f.exports();
-        // The parts that a sequence has on average, were all of them equally long.
-        let each = ((teams + run.count) / run.count).min(teams);
-        let warps = match each {
+        let warps = match parts.each {
             24.. => 8,
             12.. => 4,
             6.. => 2,
@@ -213,6 +290,7 @@ impl Attention {
         };
         let rows = run.count * run.rows;
         let (heads, grid) = (shape.heads as i32, (rows * shape.heads).div_ceil(most / warps));
+        let &Parts { part_o, part_lse, seq, .. } = parts;
         let a = Combine { part_o, part_lse, seq, out, rows: rows as i32, heads, warps: warps as i32 };
         kernels.launch(f, Launch::new(grid, 32 * most), arguments![a])
     }
@@ -273,6 +351,11 @@ impl Attention {
         self.generation.set(self.generation.get() + 1);
         Memory::new(&self.gpu, bytes)
     }
+}
+
+/// Whether W_UV's rows divide among the eight CTAs of combine_output.cu.
+pub fn combines_output(shape: &AttentionShape) -> bool {
+    [64, 128, 256, 512].contains(&shape.value)
 }
 
 /// Widths of a head's query and output.

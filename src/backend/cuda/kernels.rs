@@ -74,10 +74,12 @@ pub mod source {
         ONE_SHOT = "one_shot_all_reduce" after "norm" exports "NORM_THREADS";
         /// Rotation and append, grouped layout.
         ROPE_APPEND_GROUPED = "rope_append_grouped" exports "VEC";
-        /// Rotation and append, latent layout.
-        ROPE_APPEND_LATENT = "rope_append_latent" exports "VEC";
+        /// Norms of latents, and their append.
+        APPEND_LATENT = "append_latent" exports "LATENT_THREADS";
         /// The absorb path's products.
-        ABSORB_PRODUCT = "absorb_product" exports "ABSORB_SMEM";
+        ABSORB_PRODUCT = "absorb_product" exports "QUERY_SMEM" "OUTPUT_SMEM";
+        /// Partial results of latent decode attention, joined and taken through W_UV.
+        COMBINE_OUTPUT = "combine_output" exports "COMBINE_OUTPUT_SMEM" on hopper;
         /// The gate of an MLP.
         SILU_MUL = "silu_mul";
         /// Products of few rows.

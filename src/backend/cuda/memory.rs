@@ -120,12 +120,12 @@ fn activations(model: &ModelConfig, owned: &Owned, options: &CudaOptions) -> usi
     match &model.attention {
         Attention::Latent(a) => {
             let q = heads * (a.nope + a.rope);
-            tensors(&[a.q_rank.unwrap_or(q) + a.kv_rank + a.rope, a.kv_rank, q, heads * a.value]);
+            tensors(&[a.q_rank.unwrap_or(q) + a.kv_rank + a.rope, heads * a.value]);
             if let Some(rank) = a.q_rank {
                 tensors(&[rank, q]);
             }
             match owned.path {
-                Path::Gqa => tensors(&[groups * (a.nope + a.value)]),
+                Path::Gqa => tensors(&[a.kv_rank, q, groups * (a.nope + a.value)]),
                 Path::Absorb => tensors(&[heads * (a.kv_rank + a.rope), heads * a.kv_rank]),
             }
         }

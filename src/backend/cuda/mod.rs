@@ -21,11 +21,12 @@ use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use attention::{decode_source, prefill_constants};
+pub use attention::{combines_output, decode_source, prefill_constants};
 pub use context::{Gpu, GpuInfo, Memory, available};
 pub use experts::{Experts, Routing, expert_constants, route_constants};
 pub use load::{Matrix, Vector};
 pub use memory::predict;
+pub use ops::{absorb_constants, latent_constants};
 
 use self::attention::Attention;
 use self::context::Pinned;

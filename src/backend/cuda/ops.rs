@@ -12,8 +12,8 @@ use super::matmul::Product;
 use super::memory;
 use super::reduce::{self, Reduce};
 use super::{Cache, CudaBackend, Experts, Matrix, RopeTable, Routing, Tensor, Vector, address, cache_bytes, expect};
-use crate::backend::{AttentionShape, Backend, Batch, Budget, ExpertSlices, Rates, Reduction, View};
-use crate::cache::Layout;
+use crate::backend::{AttentionShape, Backend, Batch, Budget, ExpertSlices, Normed, Rates, Reduction, View};
+use crate::cache::{BLOCK, Layout};
 use crate::checkpoint::Slice;
 use crate::comm::Communicator;
 use crate::comm::nccl::Element;
@@ -25,6 +25,11 @@ use crate::model::shard::Owned;
 /// Rows up to which a product streams its weights through our own kernel.
 const SKINNY: usize = 16;
 
+/// Bytes of latent cache that a step of so few rows brings to L2 ahead of its attention, with so many CTAs a row.
+const AHEAD: usize = 24 << 20;
+const AHEAD_ROWS: usize = 2;
+const AHEAD_CTAS: usize = 16;
+
 /// The kernels' parameter blocks, field by field as in `kernels/`.
 #[repr(C)]
 struct Embed(u64, u64, u64, i32, i32, i32);
@@ -32,8 +37,6 @@ struct Embed(u64, u64, u64, i32, i32, i32);
 struct Norm(u64, u64, u64, f32);
 #[repr(C)]
 struct AddNorm(u64, u64, u64, u64, u64, f32);
-#[repr(C)]
-struct NormColumns(u64, u64, u64, i32, i32, f32);
 #[repr(C)]
 struct SelectRows(u64, u64, u64, i32);
 #[repr(C)]
@@ -43,7 +46,7 @@ struct Argmax(u64, u64, u64, u64, u64, i32);
 #[repr(C)]
 struct Gemv(u64, u64, u64, u64, i32, i32, i32, i32, i32);
 #[repr(C)]
-struct AbsorbProduct(u64, u64, u64, i32, i32, i32, i32);
+struct AbsorbProduct([u64; 6], [i32; 5]);
 #[repr(C)]
 struct OneShotAddNorm {
     tensors: [u64; 7],
@@ -62,11 +65,13 @@ struct AppendGrouped {
     max_blocks: i32,
 }
 #[repr(C)]
-struct AppendLatent {
-    inputs: [u64; 10],
-    strides: [i32; 3],
-    heads: i32,
+struct Latents {
+    tensors: [u64; 7],
+    step: [u64; 6],
+    strides: [i32; 5],
     max_blocks: i32,
+    eps: f32,
+    ahead: i32,
 }
 
 /// An operand of a product.
@@ -158,28 +163,81 @@ impl CudaBackend {
         Ok((f, Launch::new(self.rows(), f.exports()[0])))
     }
 
+    /// `absorb_query`, which needs the angles, or `absorb_output`, into `columns` columns a head.
     fn absorb(
         &self,
         entry: &'static str,
         shape: &AttentionShape,
+        rope: Option<&RopeTable>,
         kv_up: &Matrix,
-        (x, out): (&Tensor, &Tensor),
+        x: Operand,
+        out: &Tensor,
         columns: usize,
     ) -> Result<()> {
-        let f = self.kernels.get(&source::ABSORB_PRODUCT, entry, &absorb_constants(shape))?;
-        let most = shape.heads.min(shape.heads_per_group);
-        let grid = (columns.div_ceil(64), (self.rows() * most).div_ceil(64), shape.groups);
+        let pairs = self.rows() * shape.heads.min(shape.heads_per_group);
+        let tile = if pairs <= 16 { 16 } else { 64 };
+        let constants = absorb_constants(shape, rope.is_some_and(|r| r.interleave), tile);
+        let f = self.kernels.get(&source::ABSORB_PRODUCT, entry, &constants)?;
+        let (cos, sin) = rope.map_or((0, 0), |r| (r.cos.at(), r.sin.at()));
         let a = AbsorbProduct(
-            kv_up.memory.at(),
-            x.at(),
-            out.at(),
-            self.rows() as i32,
-            shape.heads as i32,
-            shape.heads_per_group as i32,
-            shape.first_head_in_group as i32,
+            [kv_up.memory.at(), x.at, out.at(), cos, sin, self.inputs.positions()],
+            [x.stride, self.rows(), shape.heads, shape.heads_per_group, shape.first_head_in_group].map(|n| n as i32),
         );
-        let shared = f.exports()[0];
+        let [query, output, _] = f.exports();
+        let shared = if rope.is_some() { query } else { output };
+        let grid = (columns.div_ceil(64), pairs.div_ceil(tile), shape.groups);
         self.kernels.launch(f, Launch { grid, block: 128, shared, ..Launch::default() }, arguments![a])
+    }
+
+    /// The norms of both latents, and where `append` has them the cache and what else goes there.
+    fn latents(
+        &self,
+        (latent, weight): (View<Tensor>, Option<&Vector>),
+        out: Option<&Tensor>,
+        q: Option<Normed<Self>>,
+        eps: f32,
+        append: Option<(&RopeTable, View<Tensor>, &Cache)>,
+    ) -> Result<()> {
+        let normed = |x: &View<Tensor>, w: &Vector, out: &Tensor| x.width == w.len && out.cols >= x.width;
+        let widths = || format!("norms of latents of {} columns and another", latent.width);
+        expect(out.is_none_or(|out| weight.is_some_and(|w| normed(&latent, w, out))), widths)?;
+        expect(q.as_ref().is_none_or(|q| normed(&q.x, q.weight, q.out)), widths)?;
+        expect(weight.is_none_or(|w| w.len == latent.width), widths)?;
+        let q_width = q.as_ref().map_or(0, |q| q.x.width);
+        let (rope, k_rope, cache) = match append {
+            Some((rope, key, cache)) => (Some(rope), Some(key), Some(cache)),
+            None => (None, None, None),
+        };
+        let k_rope_width = k_rope.as_ref().map_or(0, |k| k.width);
+        let constants = latent_constants(q_width, latent.width, k_rope_width, rope.is_some_and(|r| r.interleave));
+        let entry = if append.is_some() { "append_latent" } else { "norm_latents" };
+        let f = self.kernels.get(&source::APPEND_LATENT, entry, &constants)?;
+        let weight = weight.map_or(0, |w| w.memory.at());
+        let (key, key_stride) = k_rope.map_or((0, 0), |k| (address(&k), k.tensor.cols));
+        let (q_x, q_x_stride) = q.as_ref().map_or((0, 0), |q| (address(&q.x), q.x.tensor.cols));
+        let (q_out, q_stride) = q.as_ref().map_or((0, 0), |q| (q.out.at(), q.out.cols));
+        let q_weight = q.as_ref().map_or(0, |q| q.weight.memory.at());
+        let block = (latent.width + k_rope_width) * BLOCK * 2;
+        let a = Latents {
+            tensors: [address(&latent), key, q_x, weight, q_weight, out.map_or(0, Tensor::at), q_out],
+            step: [
+                rope.map_or(0, |r| r.cos.at()),
+                rope.map_or(0, |r| r.sin.at()),
+                self.inputs.positions(),
+                self.inputs.row_seq(),
+                self.inputs.tables(0),
+                cache.map_or(0, |c| c.memory.at()),
+            ],
+            strides: [latent.tensor.cols, key_stride, q_x_stride, out.map_or(0, |o| o.cols), q_stride]
+                .map(|n| n as i32),
+            max_blocks: self.inputs.max_blocks as i32,
+            eps,
+            ahead: (AHEAD / block / self.rows().max(1)) as i32,
+        };
+        let helpers = if append.is_some() && self.rows() <= AHEAD_ROWS { AHEAD_CTAS } else { 0 };
+        let parts = 1 + usize::from(append.is_some()) + usize::from(q.is_some()) + helpers;
+        let launch = Launch { grid: (self.rows(), parts, 1), block: f.exports()[0], ..Launch::default() };
+        self.kernels.launch(f, launch, arguments![a])
     }
 
     /// Sum over the ranks, residual and norm in one launch.
@@ -240,8 +298,15 @@ impl CudaBackend {
 }
 
 /// The constants of the absorbing products.
-pub(crate) fn absorb_constants(shape: &AttentionShape) -> [(&'static str, i64); 4] {
-    [("DN", shape.nope as i64), ("DR", shape.rope as i64), ("DC", shape.latent as i64), ("DV", shape.value as i64)]
+pub fn absorb_constants(shape: &AttentionShape, interleave: bool, tile: usize) -> [(&'static str, i64); 6] {
+    let dims = [("DN", shape.nope), ("DR", shape.rope), ("DC", shape.latent), ("DV", shape.value)];
+    let [dn, dr, dc, dv] = dims.map(|(name, dim)| (name, dim as i64));
+    [dn, dr, dc, dv, ("INTERLEAVE", i64::from(interleave)), ("TILE", tile as i64)]
+}
+
+/// The constants of the latents' norms and append, for latents of these widths.
+pub fn latent_constants(q: usize, latent: usize, rope: usize, interleave: bool) -> [(&'static str, i64); 4] {
+    [("Q", q as i64), ("DC", latent as i64), ("DR", rope as i64), ("INTERLEAVE", i64::from(interleave))]
 }
 
 impl Backend for CudaBackend {
@@ -393,12 +458,8 @@ impl Backend for CudaBackend {
         self.product(weight, bias, x, self.rows(), Operand { at: out.at(), stride: out.cols }, false)
     }
 
-    fn norm_columns(&self, x: View<Tensor>, weight: &Vector, eps: f32, out: &mut Tensor) -> Result<()> {
-        expect(x.width == weight.len && out.cols >= x.width, || format!("a norm of {} columns", x.width))?;
-        let (f, launch) = self.norm_kernel("norm_columns", x.width, false)?;
-        let (stride, out_stride) = (x.tensor.cols as i32, out.cols as i32);
-        let a = NormColumns(address(&x), weight.memory.at(), out.at(), stride, out_stride, eps);
-        self.kernels.launch(f, launch, arguments![a])
+    fn norm_latents(&self, latent: Normed<Self>, q: Option<Normed<Self>>, eps: f32) -> Result<()> {
+        self.latents((latent.x, Some(latent.weight)), Some(latent.out), q, eps, None)
     }
 
     fn rope_append_grouped(
@@ -417,7 +478,7 @@ impl Backend for CudaBackend {
             cache.layout == Layout::Grouped { groups, nope, rope: shape.rope, value } && rope.pairs * 2 == turned,
             || format!("{:?} for {shape:?}, with {} pairs to turn", cache.layout, rope.pairs),
         )?;
-        expect(self.inputs.max_blocks * crate::cache::BLOCK >= rope.positions, || {
+        expect(self.inputs.max_blocks * BLOCK >= rope.positions, || {
             format!("{} positions on a backend made for fewer", rope.positions)
         })?;
         let constants = [
@@ -450,55 +511,43 @@ impl Backend for CudaBackend {
         self.kernels.launch(f, Launch { grid, block: 128, ..Launch::default() }, arguments![a])
     }
 
-    fn rope_append_latent(
+    fn append_latent(
         &self,
         shape: &AttentionShape,
         rope: &RopeTable,
-        q: View<Tensor>,
-        latent: View<Tensor>,
+        latent: (View<Tensor>, Option<&Vector>),
         k_rope: View<Tensor>,
-        q_out: &mut Tensor,
+        q: Option<Normed<Self>>,
+        eps: f32,
         cache: &mut Cache,
     ) -> Result<()> {
         expect(
             cache.layout == Layout::Latent { latent: shape.latent, rope: shape.rope } && rope.pairs * 2 == shape.rope,
             || format!("{:?} for {shape:?}, with {} pairs to turn", cache.layout, rope.pairs),
         )?;
-        let constants = [
-            ("DN", shape.nope as i64),
-            ("DR", shape.rope as i64),
-            ("DC", shape.latent as i64),
-            ("INTERLEAVE", i64::from(rope.interleave)),
-        ];
-        let f = self.kernels.get(&source::ROPE_APPEND_LATENT, "rope_append_latent", &constants)?;
-        let units = shape.heads * (shape.nope + shape.rope) + shape.latent + shape.rope;
-        let a = AppendLatent {
-            inputs: [
-                address(&q),
-                address(&latent),
-                address(&k_rope),
-                rope.cos.at(),
-                rope.sin.at(),
-                self.inputs.positions(),
-                self.inputs.row_seq(),
-                self.inputs.tables(0),
-                q_out.at(),
-                cache.memory.at(),
-            ],
-            strides: [q.tensor.cols as i32, latent.tensor.cols as i32, k_rope.tensor.cols as i32],
-            heads: shape.heads as i32,
-            max_blocks: self.inputs.max_blocks as i32,
-        };
-        let grid = (units.div_ceil(f.exports()[0]).div_ceil(128), self.rows(), 1);
-        self.kernels.launch(f, Launch { grid, block: 128, ..Launch::default() }, arguments![a])
+        expect(self.inputs.max_blocks * BLOCK >= rope.positions, || {
+            format!("{} positions on a backend made for fewer", rope.positions)
+        })?;
+        expect((latent.0.width, k_rope.width) == (shape.latent, shape.rope), || {
+            format!("a latent of {} columns and a key of {} for {shape:?}", latent.0.width, k_rope.width)
+        })?;
+        self.latents(latent, None, q, eps, Some((rope, k_rope, cache)))
     }
 
     fn attend_grouped(&self, shape: &AttentionShape, q: &Tensor, cache: &Cache, out: &mut Tensor) -> Result<()> {
         self.attend(shape, Form::Grouped, q, cache, out)
     }
 
-    fn absorb_query(&self, shape: &AttentionShape, kv_up: &Matrix, q: &Tensor, out: &mut Tensor) -> Result<()> {
-        self.absorb("absorb_query", shape, kv_up, (q, out), shape.latent)
+    fn absorb_query(
+        &self,
+        shape: &AttentionShape,
+        rope: &RopeTable,
+        kv_up: &Matrix,
+        q: View<Tensor>,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let q = Operand { at: address(&q), stride: q.tensor.cols };
+        self.absorb("absorb_query", shape, Some(rope), kv_up, q, out, shape.latent)
     }
 
     fn attend_latent(&self, shape: &AttentionShape, q: &Tensor, cache: &Cache, out: &mut Tensor) -> Result<()> {
@@ -506,7 +555,34 @@ impl Backend for CudaBackend {
     }
 
     fn absorb_output(&self, shape: &AttentionShape, kv_up: &Matrix, latent: &Tensor, out: &mut Tensor) -> Result<()> {
-        self.absorb("absorb_output", shape, kv_up, (latent, out), shape.value)
+        let latent = Operand { at: latent.at(), stride: latent.cols };
+        self.absorb("absorb_output", shape, None, kv_up, latent, out, shape.value)
+    }
+
+    fn attend_absorbed(
+        &self,
+        shape: &AttentionShape,
+        kv_up: &Matrix,
+        q: &Tensor,
+        cache: &Cache,
+        latent: &mut Tensor,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let (q_at, cache_at, latent_at) = (q.at(), cache.memory.at(), latent.at());
+        let (weights, out_at) = (kv_up.memory.at(), out.at());
+        let fused = self.attention.attend_absorbed(
+            &self.kernels,
+            &self.inputs,
+            shape,
+            (q_at, cache_at, latent_at),
+            weights,
+            out_at,
+        )?;
+        if fused {
+            return Ok(());
+        }
+        self.attend_latent(shape, q, cache, latent)?;
+        self.absorb_output(shape, kv_up, latent, out)
     }
 
     fn silu_mul(&self, gate_up: &Tensor, width: usize, out: &mut Tensor) -> Result<()> {

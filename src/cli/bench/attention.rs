@@ -13,6 +13,9 @@ use crate::engine::device::{self, DeviceOptions, Task, with_device};
 use crate::engine::sampler::uniform;
 use crate::error::Result;
 
+/// Seconds that a step's calls take at the copy's bandwidth.
+const STEP: f64 = 5e-3;
+
 /// Measure decode attention alone, on one rank's part of a layer.
 #[derive(clap::Args, Debug, Clone)]
 pub struct Args {
@@ -102,7 +105,7 @@ impl Task for Attention {
             for &context in &self.contexts {
                 for &batch in &self.batches {
                     program += 1;
-                    let case = Case { args: &self.args, absorb, batch, context };
+                    let case = Case { args: &self.args, absorb, batch, context, bandwidth };
                     let (times, bytes, flops) = case.measure(&mut b, program)?;
                     let path = if absorb { "absorb" } else { "gqa" };
                     let (rate, work) = (bytes / times.median(), flops / times.median());
@@ -141,6 +144,8 @@ struct Case<'a> {
     absorb: bool,
     batch: usize,
     context: usize,
+    /// Of a copy, bytes a second.
+    bandwidth: f64,
 }
 
 impl Case<'_> {
@@ -177,11 +182,13 @@ impl Case<'_> {
         let (q_width, o_width) = if self.absorb { (a.latent + a.rope, a.latent) } else { (a.nope + a.rope, a.value) };
         let q = b.noise_tensor(batch.rows(), heads * q_width, 7)?;
         let mut out = b.tensor(batch.rows(), heads * o_width)?;
+        // A step as long as a model's decode step, which starts and ends once for all its layers.
+        let calls = ((STEP * self.bandwidth / bytes) as usize).clamp(copies, 64);
         let mut times = vec![];
         for run in 0..3 + a.runs {
             let began = Instant::now();
             b.step(program, &batch, |b| {
-                for cache in &caches {
+                for cache in caches.iter().cycle().take(calls) {
                     if self.absorb {
                         b.attend_latent(&shape, &q, cache, &mut out)?;
                     } else {
@@ -192,7 +199,7 @@ impl Case<'_> {
             })?;
             b.synchronize()?;
             if run >= 3 {
-                times.push(began.elapsed() / copies as u32);
+                times.push(began.elapsed() / calls as u32);
             }
         }
         let flops = 2.0 * (s_q * heads * (q_width + o_width)) as f64 * tokens as f64;
