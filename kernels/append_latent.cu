@@ -6,9 +6,8 @@
 // -D Q (width of the query latent; 0 where there is none to norm), DC, DR;
 //    INTERLEAVE 1 to turn pairs (2i, 2i+1), 0 to turn (i, i + DR/2)
 // norm_latents:  grid (rows, 1 + (Q > 0)); block LATENT_THREADS
-// append_latent: grid (rows, 2 + (Q > 0) + any); block LATENT_THREADS
-//                rows whose row_seq is negative are padding: nothing is appended;
-//                the CTAs beyond a row's parts bring its sequence's cache to L2
+// append_latent: grid (rows, 2 + (Q > 0)); block LATENT_THREADS
+//                rows whose row_seq is negative are padding: nothing is appended
 
 struct Latents {
   const u16* latent;       // row r at latent + r * stride: [DC]
@@ -27,7 +26,6 @@ struct Latents {
   int stride, key_stride, q_stride, out_stride, q_out_stride;  // elements
   int max_blocks;
   float eps;
-  int ahead;               // blocks of a sequence that are brought to L2 at most
 };
 
 constexpr int WIDEST = Q > DC ? Q : DC;
@@ -77,16 +75,6 @@ template <bool APPEND>
 DEVICE void latents(const Latents& a) {
   const int row = blockIdx.x;
   grid_launch_dependents();
-  if (APPEND && blockIdx.y >= 2 + (Q > 0)) {
-    // A few sequences' cache fits in L2, and memory idles while the queries are made.
-    constexpr int PIECES = 8, PIECE = BLOCK * (DC + DR) * 2 / PIECES;  // of a block; bytes
-    const int others = gridDim.y - 2 - (Q > 0), me = blockIdx.y - 2 - (Q > 0);
-    const int blocks = a.row_seq[row] < 0 ? 0 : min(a.positions[row] / BLOCK + 1, a.ahead);
-    const int* table = a.block_table + (size_t)a.row_seq[row] * a.max_blocks;
-    for (int i = me * LATENT_THREADS + threadIdx.x; i < blocks * PIECES; i += others * LATENT_THREADS)
-      prefetch_bulk((const u8*)a.cache + (size_t)table[i / PIECES] * (BLOCK * (DC + DR) * 2) + i % PIECES * PIECE, PIECE);
-    return grid_wait();
-  }
   if (blockIdx.y > (APPEND ? 1 : 0)) {
     if constexpr (Q > 0) {
       u16* out = a.q_out + (size_t)row * a.q_out_stride;

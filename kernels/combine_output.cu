@@ -1,6 +1,7 @@
 // The end of a decode step's latent attention, Hopper: joins the partial results of
 // split sequences as combine.cu does, and takes them through W_UV as absorb_output
-// does, without a launch between.
+// does, without a launch between. For few rows: from some 160 (row, head) pairs on the
+// two launches are faster.
 //
 // A cluster of 8 CTAs has a tile of (row, head of the group) pairs. Each joins an
 // eighth of the latent's columns, 64, and hands it to all eight; each then computes
@@ -23,22 +24,23 @@ struct CombineOutput {
   int heads;                // on this rank
   int heads_per_group;      // in the whole model
   int first_head_in_group;  // heads of the first group that other ranks have
-  int tile;                 // pairs of a cluster, at most 32
+  int tile;                 // pairs of a cluster, at most 16
 };
 
 constexpr int SLICE = DV / 8;             // output columns of a CTA
 constexpr int N_TILES = SLICE / 8;        // in tiles of 8
 constexpr int K_WARPS = 16 / N_TILES;     // warps that share the reduction of one
 constexpr int ROW = DC + 8;               // elements; the 8 keep ldmatrix off equal banks
-constexpr int X_BYTES = 32 * ROW * 2, W_BYTES = SLICE * ROW * 2;
-constexpr int SUM_BYTES = K_WARPS * 32 * SLICE * 4;  // 16 KiB, before that each thread's sum of parts, 12 KiB
+constexpr int X_BYTES = 16 * ROW * 2, W_BYTES = SLICE * ROW * 2;
+constexpr int SUM_BYTES = 512 * 24;       // each thread's sum of parts; later the tile's sums, 8 KiB
 constexpr int COMBINE_OUTPUT_SMEM = X_BYTES + W_BYTES + SUM_BYTES;
-static_assert(DV % 64 == 0 && DV <= 512 && 8 % N_TILES == 0, "eighths of the output in tiles of 8 columns");
 
 // The running sum of a pair's partial results, over four columns.
 struct Joined {
   float top, sum, v[4];
 };
+static_assert(K_WARPS * 16 * SLICE * 4 <= SUM_BYTES && sizeof(Joined) == 24, "one room for both sums");
+static_assert(DV % 64 == 0 && DV <= 512 && 8 % N_TILES == 0, "eighths of the output in tiles of 8 columns");
 
 // Thread `lane` of `lanes` adds up its partial results of a pair: first, first + stride, .. (n of them).
 DEVICE Joined join_parts(const float* part_o, const float* part_lse, size_t first, size_t stride, int n, int lane,
@@ -95,7 +97,7 @@ extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(512, 2) c
   extern __shared__ __align__(16) u8 combine_shared[];
   u16* const xs = (u16*)combine_shared;                              // [32][ROW]
   u16* const ws = (u16*)(combine_shared + X_BYTES);                  // [SLICE][ROW]
-  float* const sums = (float*)(combine_shared + X_BYTES + W_BYTES);  // [K_WARPS][32][SLICE]
+  float* const sums = (float*)(combine_shared + X_BYTES + W_BYTES);  // [K_WARPS][16][SLICE]
   Joined* const joined = (Joined*)sums;                              // [512]
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int eighth = blockIdx.x, group = blockIdx.z;
@@ -116,28 +118,25 @@ extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(512, 2) c
   cluster_arrive();
 
   // 16 threads have 64 columns of a pair, 4 each; `lanes` such sixteens share its parts.
-  const int lanes = a.tile > 16 ? 1 : a.tile > 8 ? 2 : a.tile > 4 ? 4 : a.tile > 2 ? 8 : a.tile > 1 ? 16 : 32;
+  const int lanes = a.tile > 8 ? 2 : a.tile > 4 ? 4 : a.tile > 2 ? 8 : 16;
   const int p = tid / 16 / lanes, in_pair = tid / 16 % lanes, col = eighth * 64 + tid % 16 * 4;
   const bool live = p < pairs;
   const int row = live ? (m0 + p) / mine : 0, head = first + (live ? (m0 + p) % mine : 0);
   const int2 seq = a.seq[row / SQ];  // the plan is older than the launch this one may overlap with
   const int parts = live ? seq.y : 0;
   grid_wait();
+  const size_t from = ((size_t)seq.x * SQ + row % SQ) * a.heads + head;
+  joined[tid] = join_parts(a.part_o + col, a.part_lse, from, (size_t)SQ * a.heads, parts > 1 ? parts : 0, in_pair, lanes);
   u32 x = 0, y = 0;
   if (parts == 1) {
     const uint2 whole = *(const uint2*)(a.whole + ((size_t)row * a.heads + head) * DC + col);
     x = whole.x, y = whole.y;
   }
-  if (lanes > 1 || parts > 1) {
-    const size_t from = ((size_t)seq.x * SQ + row % SQ) * a.heads + head;
-    Joined j = join_parts(a.part_o + col, a.part_lse, from, (size_t)SQ * a.heads, parts > 1 ? parts : 0, in_pair, lanes);
-    if (lanes > 1) {
-      joined[tid] = j;
-      __syncthreads();
-      if (in_pair == 0) j = add_lanes(joined + tid, min(lanes, parts));
-    }
+  __syncthreads();
+  if (in_pair == 0 && parts > 1) {
+    const Joined j = add_lanes(joined + tid, min(lanes, parts));
     const float inv = j.sum > 0.f ? 1.f / j.sum : 0.f;
-    if (parts > 1) x = pack_bf16(j.v[0] * inv, j.v[1] * inv), y = pack_bf16(j.v[2] * inv, j.v[3] * inv);
+    x = pack_bf16(j.v[0] * inv, j.v[1] * inv), y = pack_bf16(j.v[2] * inv, j.v[3] * inv);
   }
   cluster_wait();  // all eight are there to be written to
   if (live && in_pair == 0) {
@@ -151,39 +150,29 @@ extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(512, 2) c
 
   // Rows past the last pair are whatever lay there: they are rows of their own, and not written.
   const int n0 = warp % N_TILES * 8, k0 = warp / N_TILES * (DC / K_WARPS);
-  float acc[2][2][4];  // [even and odd steps][16 rows]
+  float acc[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};  // even and odd steps
 #pragma unroll
-  for (int i = 0; i < 16; i++) acc[i / 8][i / 4 % 2][i % 4] = 0.f;
-  const bool both = a.tile > 16;
-#pragma unroll 4
   for (int k = k0; k < k0 + DC / K_WARPS; k += 32) {
-    u32 b[4];
+    u32 b[4], f[4];
+    const u32 at = smem_addr(xs + lane % 16 * ROW + k + lane / 16 * 8);
     ldmatrix4(b, smem_addr(ws + (n0 + lane % 8) * ROW + k + lane / 8 * 8));
-#pragma unroll
-    for (int m = 0; m < 2; m++) {
-      if (m == 1 && !both) break;
-      u32 f[4];
-      const u32 x = smem_addr(xs + (m * 16 + lane % 16) * ROW + k + lane / 16 * 8);
-      ldmatrix4(f, x);
-      mma_bf16(acc[0][m], f, b[0], b[1]);
-      ldmatrix4(f, x + 32);
-      mma_bf16(acc[1][m], f, b[2], b[3]);
-    }
+    ldmatrix4(f, at);
+    mma_bf16(acc[0], f, b[0], b[1]);
+    ldmatrix4(f, at + 32);
+    mma_bf16(acc[1], f, b[2], b[3]);
   }
-  float* const own = sums + warp / N_TILES * (32 * SLICE) + n0 + lane % 4 * 2;
+  float* const own = sums + warp / N_TILES * (16 * SLICE) + n0 + lane % 4 * 2;
 #pragma unroll
-  for (int m = 0; m < 2; m++)
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-      *(float2*)(own + (m * 16 + h * 8 + lane / 4) * SLICE) =
-          make_float2(acc[0][m][2 * h] + acc[1][m][2 * h], acc[0][m][2 * h + 1] + acc[1][m][2 * h + 1]);
+  for (int h = 0; h < 2; h++)
+    *(float2*)(own + (h * 8 + lane / 4) * SLICE) =
+        make_float2(acc[0][2 * h] + acc[1][2 * h], acc[0][2 * h + 1] + acc[1][2 * h + 1]);
   __syncthreads();
   for (int i = tid; i < pairs * (SLICE / 2); i += 512) {
     const int p = i / (SLICE / 2), c = i % (SLICE / 2) * 2, pair = m0 + p;
     float x = 0.f, y = 0.f;
 #pragma unroll
     for (int k = 0; k < K_WARPS; k++) {
-      const float2 s = *(const float2*)(sums + (k * 32 + p) * SLICE + c);
+      const float2 s = *(const float2*)(sums + (k * 16 + p) * SLICE + c);
       x += s.x, y += s.y;
     }
     const size_t at = (size_t)(pair / mine) * a.heads + first + pair % mine;

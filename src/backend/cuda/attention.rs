@@ -189,7 +189,7 @@ impl Attention {
     }
 
     /// Enqueues decode attention over latents and the product with W_UV, where the launch that joins a sequence's parts
-    /// multiplies too: on Hopper, in a step that is one run. Elsewhere it enqueues nothing and says false.
+    /// multiplies too: on Hopper, in a step that is one run of few rows. Elsewhere it enqueues nothing and says false.
     pub fn attend_absorbed(
         &self,
         kernels: &Kernels,
@@ -201,13 +201,16 @@ impl Attention {
     ) -> Result<bool> {
         let fits = decode_source(shape, true, 1, self.gpu.sm() == 90).0.hopper && combines_output(shape);
         let ([run], true) = (inputs.runs.as_slice(), inputs.chunks.is_empty() && fits) else { return Ok(false) };
-        let parts = self.decode(kernels, inputs, shape, Form::Latent, (0, run), q, cache, latent)?;
-        let constants = [("SQ", run.rows as i64), ("DN", shape.nope as i64), ("DV", shape.value as i64)];
-        let f = kernels.get(&source::COMBINE_OUTPUT, "combine_output", &constants)?;
         let rows = run.count * run.rows;
         let pairs = rows * shape.heads.min(shape.heads_per_group);
         // About ten clusters: more cost more to start than they share out.
-        let tile = (pairs * shape.groups).div_ceil(10).clamp(2, 32);
+        let tile = (pairs * shape.groups).div_ceil(10).max(2);
+        if tile > 16 {
+            return Ok(false);
+        }
+        let parts = self.decode(kernels, inputs, shape, Form::Latent, (0, run), q, cache, latent)?;
+        let constants = [("SQ", run.rows as i64), ("DN", shape.nope as i64), ("DV", shape.value as i64)];
+        let f = kernels.get(&source::COMBINE_OUTPUT, "combine_output", &constants)?;
         let a = CombineOutput {
             kv_up,
             part_o: parts.part_o,

@@ -25,11 +25,6 @@ use crate::model::shard::Owned;
 /// Rows up to which a product streams its weights through our own kernel.
 const SKINNY: usize = 16;
 
-/// Bytes of latent cache that a step of so few rows brings to L2 ahead of its attention, with so many CTAs a row.
-const AHEAD: usize = 24 << 20;
-const AHEAD_ROWS: usize = 2;
-const AHEAD_CTAS: usize = 16;
-
 /// The kernels' parameter blocks, field by field as in `kernels/`.
 #[repr(C)]
 struct Embed(u64, u64, u64, i32, i32, i32);
@@ -71,7 +66,6 @@ struct Latents {
     strides: [i32; 5],
     max_blocks: i32,
     eps: f32,
-    ahead: i32,
 }
 
 /// An operand of a product.
@@ -175,7 +169,7 @@ impl CudaBackend {
         columns: usize,
     ) -> Result<()> {
         let pairs = self.rows() * shape.heads.min(shape.heads_per_group);
-        let tile = if pairs <= 16 { 16 } else { 64 };
+        let tile = if pairs <= 512 { 16 } else { 64 };
         let constants = absorb_constants(shape, rope.is_some_and(|r| r.interleave), tile);
         let f = self.kernels.get(&source::ABSORB_PRODUCT, entry, &constants)?;
         let (cos, sin) = rope.map_or((0, 0), |r| (r.cos.at(), r.sin.at()));
@@ -217,7 +211,6 @@ impl CudaBackend {
         let (q_x, q_x_stride) = q.as_ref().map_or((0, 0), |q| (address(&q.x), q.x.tensor.cols));
         let (q_out, q_stride) = q.as_ref().map_or((0, 0), |q| (q.out.at(), q.out.cols));
         let q_weight = q.as_ref().map_or(0, |q| q.weight.memory.at());
-        let block = (latent.width + k_rope_width) * BLOCK * 2;
         let a = Latents {
             tensors: [address(&latent), key, q_x, weight, q_weight, out.map_or(0, Tensor::at), q_out],
             step: [
@@ -232,10 +225,8 @@ impl CudaBackend {
                 .map(|n| n as i32),
             max_blocks: self.inputs.max_blocks as i32,
             eps,
-            ahead: (AHEAD / block / self.rows().max(1)) as i32,
         };
-        let helpers = if append.is_some() && self.rows() <= AHEAD_ROWS { AHEAD_CTAS } else { 0 };
-        let parts = 1 + usize::from(append.is_some()) + usize::from(q.is_some()) + helpers;
+        let parts = 1 + usize::from(append.is_some()) + usize::from(q.is_some());
         let launch = Launch { grid: (self.rows(), parts, 1), block: f.exports()[0], ..Launch::default() };
         self.kernels.launch(f, launch, arguments![a])
     }
