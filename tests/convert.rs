@@ -7,42 +7,27 @@ mod model;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use faer::Mat;
+use faer::prelude::SolveLstsq;
 use gqla::backend::cpu::CpuBackend;
 use gqla::cache::Layout;
 use gqla::checkpoint::Checkpoint;
 use gqla::comm::one::OneComm;
 use gqla::comm::{Communicator, threads};
-use gqla::config::ModelConfig;
+use gqla::config::{Attention, ModelConfig};
 use gqla::convert::{self, Figures, Grouping, Method, Options, Report, RopeMode, StoredType, Weights};
 use gqla::engine::Config;
 use gqla::error::{Error, Result};
 use gqla::model::shard::{Path as DecodePath, Shard};
+use safetensors::tensor::TensorView;
 use tempfile::TempDir;
 
 /// Eight windows of 256 tokens, measured on two of held-out text.
 fn options(name: &str, out: PathBuf) -> Options {
-    Options {
-        model: model::checkpoint(name).0,
-        out,
-        groups: None,
-        grouping: Grouping::Neighbor,
-        weights: Weights::Uniform,
-        method: Method::AttentionAware,
-        rope: RopeMode::Adaptive,
-        rope_dim: None,
-        latent_rank: None,
-        cache_elements: None,
-        calibration: model::at("tests/data/calibration.u16"),
-        samples: 8,
-        length: 256,
-        seed: 42,
-        evaluate: Some(model::at("tests/data/held-out.u16")),
-        evaluate_windows: Some(2),
-        stored: StoredType::F32,
-        shard_bytes: 5_000_000_000,
-        spill: 1 << 30,
-        resume: false,
-    }
+    let mut options = Options::new(model::checkpoint(name).0, out, model::at("tests/data/calibration.u16"));
+    (options.samples, options.length, options.stored) = (8, 256, StoredType::F32);
+    (options.evaluate, options.evaluate_windows) = (Some(model::at("tests/data/held-out.u16")), Some(2));
+    options
 }
 
 fn on(comm: Box<dyn Communicator>, options: &Options) -> Result<Report> {
@@ -169,6 +154,246 @@ fn llama_with_all_of_rope_and_full_rank_stays_itself() {
     }
 }
 
+/// tiny-llama-gqa's logits, computed here in f64, with the RoPE of a partial-rope model: of each frequency one component
+/// over the KV heads turns (`directions[layer]` `[frequencies][KV heads]`, unit vectors), the others stand still.
+fn partial_rope_logits(directory: &Path, directions: &[Vec<Vec<f64>>]) -> Vec<f32> {
+    let (config, checkpoint) = (ModelConfig::load(directory).unwrap(), Checkpoint::open(directory).unwrap());
+    let Attention::Grouped(a) = &config.attention else { panic!() };
+    let (d, half, per) = (a.head_dim, a.head_dim / 2, a.heads / a.groups);
+    let matrix = |name: &str, rows: usize, cols: usize| -> Vec<Vec<f64>> {
+        let slice = checkpoint.slice(name, &[rows, cols], 0..rows, 0..cols).unwrap();
+        let row = |r| {
+            let mut row = vec![0f32; cols];
+            slice.read_f32(r, &mut row);
+            row.into_iter().map(f64::from).collect()
+        };
+        (0..rows).map(row).collect()
+    };
+    let times = |w: &[Vec<f64>], x: &[f64]| -> Vec<f64> {
+        w.iter().map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum()).collect()
+    };
+    let norm = |x: &[f64], name: &str| -> Vec<f64> {
+        let weight = checkpoint.vector(name, config.hidden).unwrap();
+        let scale = (x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64 + f64::from(config.norm_eps)).powf(-0.5);
+        x.iter().zip(weight).map(|(v, w)| v * scale * f64::from(w)).collect()
+    };
+    let embedding = matrix("model.embed_tokens.weight", config.vocab, config.hidden);
+    let mut x: Vec<Vec<f64>> = prompt().iter().map(|t| embedding[*t as usize].clone()).collect();
+    for (i, directions) in directions.iter().enumerate() {
+        let at = |name: &str| format!("model.layers.{i}.{name}.weight");
+        let weight = |name: &str, rows: usize, cols: usize| matrix(&at(name), rows, cols);
+        let (q_map, o_map) = (
+            weight("self_attn.q_proj", a.heads * d, config.hidden),
+            weight("self_attn.o_proj", config.hidden, a.heads * d),
+        );
+        let [k_map, v_map] = ["k", "v"].map(|n| weight(&format!("self_attn.{n}_proj"), a.groups * d, config.hidden));
+        let h: Vec<Vec<f64>> = x.iter().map(|x| norm(x, &at("input_layernorm"))).collect();
+        let [q, k, v] = [&q_map, &k_map, &v_map].map(|w| h.iter().map(|h| times(w, h)).collect::<Vec<_>>());
+        for t in 0..x.len() {
+            let mut attended = vec![0.0; a.heads * d];
+            for j in 0..a.heads {
+                let g = j / per;
+                let logit = |s: usize| -> f64 {
+                    let mut sum = 0.0;
+                    for f in 0..half {
+                        let (u, angle) = (&directions[f], (t - s) as f64 * 1e4f64.powf(-2.0 * f as f64 / d as f64));
+                        let (q_re, q_im) = (q[t][j * d + f], q[t][j * d + half + f]);
+                        // The shared key, and what is left of the head's own without it.
+                        let shared = |part: usize| (0..a.groups).map(|g| u[g] * k[s][g * d + part + f]).sum::<f64>();
+                        let (re, im) = (shared(0), shared(half));
+                        let (own_re, own_im) = (k[s][g * d + f] - u[g] * re, k[s][g * d + half + f] - u[g] * im);
+                        let (sin, cos) = angle.sin_cos();
+                        let turned = q_re * (re * cos + im * sin) + q_im * (im * cos - re * sin);
+                        sum += u[g] * turned + q_re * own_re + q_im * own_im;
+                    }
+                    sum / (d as f64).sqrt()
+                };
+                let logits: Vec<f64> = (0..=t).map(logit).collect();
+                let most = logits.iter().copied().fold(f64::MIN, f64::max);
+                let weights: Vec<f64> = logits.iter().map(|l| (l - most).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for (s, w) in weights.iter().enumerate() {
+                    for c in 0..d {
+                        attended[j * d + c] += w / total * v[s][g * d + c];
+                    }
+                }
+            }
+            x[t].iter_mut().zip(times(&o_map, &attended)).for_each(|(x, y)| *x += y);
+        }
+        let width = checkpoint.raw(&at("mlp.gate_proj")).unwrap().1[0];
+        let [gate, up] = ["gate", "up"].map(|n| weight(&format!("mlp.{n}_proj"), width, config.hidden));
+        let down = weight("mlp.down_proj", config.hidden, width);
+        for x in &mut x {
+            let h = norm(x, &at("post_attention_layernorm"));
+            let gated = times(&gate, &h).into_iter().zip(times(&up, &h)).map(|(g, u)| g / (1.0 + (-g).exp()) * u);
+            let out = times(&down, &gated.collect::<Vec<_>>());
+            x.iter_mut().zip(out).for_each(|(x, y)| *x += y);
+        }
+    }
+    let head = matrix("lm_head.weight", config.vocab, config.hidden);
+    x.iter().flat_map(|x| times(&head, &norm(x, "model.norm.weight"))).map(|l| l as f32).collect()
+}
+
+/// The unit vectors `u` over KV heads with which a converted layer's shared rope key is `Σ_g u_g k_g`, by frequency.
+fn kept_directions(original: &Path, converted: &Path) -> Vec<Vec<Vec<f64>>> {
+    let (config, old) = (ModelConfig::load(original).unwrap(), Checkpoint::open(original).unwrap());
+    let (made, new) = (ModelConfig::load(converted).unwrap(), Checkpoint::open(converted).unwrap());
+    let (Attention::Grouped(a), Attention::Latent(l)) = (&config.attention, &made.attention) else { panic!() };
+    let (d, half, hidden) = (a.head_dim, a.head_dim / 2, config.hidden);
+    let layer = |i: usize| {
+        let at = |name: &str| format!("model.layers.{i}.self_attn.{name}.weight");
+        let rows = |c: &Checkpoint, name: &str, count: usize| -> Vec<f32> {
+            let slice = c.slice(&at(name), &[count, hidden], 0..count, 0..hidden).unwrap();
+            let mut out = vec![0.0; count * hidden];
+            (0..count).for_each(|r| slice.read_f32(r, &mut out[r * hidden..(r + 1) * hidden]));
+            out
+        };
+        let k = rows(&old, "k_proj", a.groups * d);
+        let shared = rows(&new, "kv_a_proj_with_mqa", l.kv_rank + l.rope);
+        let direction = |f: usize| {
+            // Least squares over the real and imaginary rows of this frequency.
+            let row = |g: usize, c: usize| k[(g * d + if c < hidden { f } else { half + f }) * hidden + c % hidden];
+            let keys = Mat::from_fn(2 * hidden, a.groups, |c, g| f64::from(row(g, c)));
+            let key = |c: usize| shared[(l.kv_rank + if c < hidden { f } else { half + f }) * hidden + c % hidden];
+            let key = Mat::from_fn(2 * hidden, 1, |c, _| f64::from(key(c)));
+            let u = keys.qr().solve_lstsq(key);
+            let u: Vec<f64> = (0..a.groups).map(|g| u[(g, 0)]).collect();
+            assert!((u.iter().map(|x| x * x).sum::<f64>() - 1.0).abs() < 1e-4, "{u:?}");
+            u
+        };
+        (0..half).map(direction).collect()
+    };
+    (0..config.layers).map(layer).collect()
+}
+
+#[test]
+fn llama_at_full_rank_with_partial_rope_is_the_partial_rope_model() {
+    let place = TempDir::new().unwrap();
+    let mut options = options("tiny-llama-gqa", place.path().join("out"));
+    // One component of each of the head's 16 frequencies turns, and the latent has every dimension of its input.
+    (options.rope, options.rope_dim) = (RopeMode::Published { fold: 1 }, Some(32));
+    (options.latent_rank, options.evaluate) = (Some(256), None);
+    run(&options).unwrap();
+    let expected = partial_rope_logits(&options.model, &kept_directions(&options.model, &options.out));
+    for path in [DecodePath::Gqa, DecodePath::Absorb] {
+        assert_near(&logits(&options.out, path, 1), &expected, 1e-4, "partial RoPE");
+    }
+    // It is another model than the original.
+    let original = logits(&options.model, DecodePath::Gqa, 1);
+    assert!(model::difference(&original, &expected).0 > 0.1);
+}
+
+/// tiny-llama-gqa with random biases everywhere and its embeddings tied.
+fn biased_llama(directory: &Path) {
+    let source = model::checkpoint("tiny-llama-gqa").0;
+    std::fs::create_dir(directory).unwrap();
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        std::fs::copy(source.join(name), directory.join(name)).unwrap();
+    }
+    let mut config: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(source.join("config.json")).unwrap()).unwrap();
+    for field in ["attention_bias", "mlp_bias", "tie_word_embeddings"] {
+        config[field] = true.into();
+    }
+    std::fs::write(directory.join("config.json"), config.to_string()).unwrap();
+    let checkpoint = Checkpoint::open(&source).unwrap();
+    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    let mut state = 1u32;
+    for name in checkpoint.names().into_iter().filter(|n| *n != "lm_head.weight") {
+        let (dtype, shape, bytes) = checkpoint.raw(name).unwrap();
+        assert_eq!(dtype, "BF16");
+        tensors.push((name.into(), shape.into(), bytes.into()));
+        if let Some(stem) = name.strip_suffix("_proj.weight") {
+            let bias = (0..shape[0]).flat_map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                half::bf16::from_f32((state >> 8) as f32 / (1 << 24) as f32 * 0.4 - 0.2).to_le_bytes()
+            });
+            tensors.push((format!("{stem}_proj.bias"), vec![shape[0]], bias.collect()));
+        }
+    }
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        (name.as_str(), TensorView::new(safetensors::Dtype::BF16, shape.clone(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &directory.join("model.safetensors")).unwrap();
+}
+
+#[test]
+fn llama_with_biases_and_tied_embeddings_is_converted() {
+    let place = TempDir::new().unwrap();
+    let model = place.path().join("model");
+    biased_llama(&model);
+    let before = logits(&model, DecodePath::Gqa, 1);
+    let mut options = options("tiny-llama-gqa", place.path().join("whole"));
+    (options.model, options.rope_dim, options.latent_rank) = (model, Some(256), Some(257));
+    (options.evaluate, options.samples) = (None, 4);
+    run(&options).unwrap();
+    for path in [DecodePath::Gqa, DecodePath::Absorb] {
+        assert_near(&logits(&options.out, path, 1), &before, 1e-4, "whole");
+    }
+    let made = Checkpoint::open(&options.out).unwrap();
+    assert!(!made.has("lm_head.weight", false) && made.has("model.layers.0.self_attn.o_proj.bias", false));
+    assert!(!made.has("model.layers.0.self_attn.k_proj.bias", false));
+
+    // With a part of the cache, and in fewer groups.
+    let mut options = self::options("tiny-llama-gqa", place.path().join("part"));
+    options.model = place.path().join("model");
+    (options.cache_elements, options.rope_dim, options.groups) = (Some(208), Some(80), Some(4));
+    let figures = figures(&options);
+    assert!(figures.kl.is_finite() && figures.perplexity_after < 2.0 * figures.perplexity_before, "{figures:?}");
+    let gqa = logits(&options.out, DecodePath::Gqa, 4);
+    assert_near(&logits(&options.out, DecodePath::Absorb, 1), &gqa, 1e-4, "paths");
+}
+
+/// Tokens below 512, for checkpoints with no tokenizer.
+fn random_tokens(file: &Path) {
+    let mut state = 7u32;
+    let tokens = (0..16 * 256).flat_map(|_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        ((state >> 16) as u16 % 512).to_le_bytes()
+    });
+    std::fs::write(file, tokens.collect::<Vec<u8>>()).unwrap();
+}
+
+#[test]
+fn deepseek_and_models_without_a_query_latent_are_converted() {
+    let place = TempDir::new().unwrap();
+    let text = place.path().join("text.u16");
+    random_tokens(&text);
+    let tokens: Vec<u32> = (0..100).map(|i| i * 37 % 512).collect();
+    let logits = |directory: &Path, path, world| {
+        let mut config = Config::new(directory);
+        (config.path, config.threads, config.step_tokens) = (Some(path), Some(1), 64);
+        (config.max_sequences, config.max_context) = (1, Some(256));
+        model::logits(&config, world, std::slice::from_ref(&tokens)).remove(0)
+    };
+    // Of each: its groups, what it becomes, and fewer groups with which it is tried.
+    for (name, groups, made, fewer) in [
+        ("deepseek-v3-mla", 8, "DeepseekV3GQLAForCausalLM", 4),
+        ("oddheads-yarn-moe", 4, "Glm4MoeLiteGQLAForCausalLM", 2),
+    ] {
+        let mut options = options(name, place.path().join(format!("{name}-same")));
+        (options.calibration, options.evaluate) = (text.clone(), Some(text.clone()));
+        (options.groups, options.samples, options.stored) = (Some(groups), 16, StoredType::Source);
+        assert!(figures(&options).kl.abs() < 1e-9);
+        let before = logits(&options.model, DecodePath::Gqa, 1);
+        assert_near(&logits(&options.out, DecodePath::Gqa, 1), &before, 1e-4, "as it was");
+
+        (options.groups, options.stored) = (Some(fewer), StoredType::F32);
+        let mut divergence = [0.0; 2];
+        for (method, kl) in [Method::Pca, Method::AttentionAware].into_iter().zip(&mut divergence) {
+            (options.method, options.out) = (method, place.path().join(format!("{name}-{method:?}")));
+            *kl = figures(&options).kl;
+            let config = ModelConfig::load(&options.out).unwrap();
+            assert_eq!((config.architecture.as_str(), config.groups()), (made, fewer));
+            let gqa = logits(&options.out, DecodePath::Gqa, 1);
+            assert_near(&logits(&options.out, DecodePath::Absorb, 1), &gqa, 1e-4, "absorb path");
+            assert_near(&logits(&options.out, DecodePath::Gqa, fewer), &gqa, 1e-4, "GQA path on ranks");
+        }
+        // Random weights have little to share: the better method still loses less.
+        assert!(divergence[0] > 0.0 && divergence[1] < divergence[0], "{name}: {divergence:?}");
+    }
+}
+
 #[test]
 fn llama_at_a_quarter_of_its_cache_keeps_most_of_itself() {
     let place = TempDir::new().unwrap();
@@ -279,6 +504,22 @@ fn what_cannot_be_converted_is_refused_with_the_remedy() {
     let strange = place.path().join("strange.u16");
     std::fs::write(&strange, [0xff, 0xff].repeat(4096)).unwrap();
     assert!(mla(&|o| o.calibration.clone_from(&strange)).contains("another tokenizer"));
+    // The calibration's own tokens under other numbers, as another tokenizer might have made them.
+    let own = std::fs::read(model::at("tests/data/calibration.u16")).unwrap();
+    let other = own.as_chunks::<2>().0.iter().flat_map(|b| ((u16::from_le_bytes(*b) + 1000) % 4096).to_le_bytes());
+    std::fs::write(&strange, other.collect::<Vec<u8>>()).unwrap();
+    assert!(mla(&|o| o.calibration.clone_from(&strange)).contains("makes only"));
+    std::fs::remove_file(&strange).unwrap();
+    // Text for which the tokenizer has no words.
+    let strange = place.path().join("strange.txt");
+    std::fs::write(&strange, "\u{1}\u{7f}\u{3}".repeat(20_000)).unwrap();
+    assert!(mla(&|o| o.calibration.clone_from(&strange)).contains("not made for such text"));
+    std::fs::write(&strange, "def f():\n    pass\n").unwrap();
+    assert!(mla(&|o| o.calibration.clone_from(&strange)).contains("give a longer file"));
+    std::fs::remove_file(&strange).unwrap();
+    let strange = place.path().join("strange.jsonl");
+    std::fs::write(&strange, "{\"text\": \"a\"}\n{\"txt\": \"b\"}\n").unwrap();
+    assert!(mla(&|o| o.calibration.clone_from(&strange)).contains("line 2"));
     std::fs::remove_file(&strange).unwrap();
     let llama = |change: &dyn Fn(&mut Options)| {
         let mut options = base("tiny-llama-gqa");

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::json;
@@ -80,6 +80,9 @@ pub struct Args {
     /// How keys and values are shared
     #[arg(long, value_enum, default_value = "attention-aware")]
     method: Method,
+    /// Rounds in which the values' path is refitted to attention's output; 0 takes less time and memory
+    #[arg(long, value_name = "ROUNDS", default_value_t = 2)]
+    refit: usize,
     /// Calibration: tokens as .u16 (little-endian), or text as .txt or .jsonl
     #[arg(long, value_name = "FILE")]
     calibration: PathBuf,
@@ -131,9 +134,9 @@ fn gigabytes(text: &str) -> std::result::Result<f64, String> {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let stop = interrupted()?;
     let comm = world::world(args.tp)?;
     let (rank, local) = (comm.rank(), comm.local());
+    let stop = end_on_interrupt(args.out.clone(), args.resume, rank)?;
     let threads = args.threads.map_or_else(|| fair_threads(local.1), |t| t as usize);
     // The linear algebra and the samples share rayon's threads; a second start in one process keeps the first's.
     let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
@@ -163,24 +166,34 @@ pub fn run(args: Args) -> Result<()> {
     let mut alone: Box<dyn Communicator> = Box::new(OneComm::new());
     let chosen = device::choose(&device, &mut *alone)?;
     let task = Convert { options: &options, comm, stop: &stop, progress: &progress };
-    let report = device::with_device(&device, &chosen, alone, task)?;
+    let report = match device::with_device(&device, &chosen, alone, task) {
+        // The signal's thread is about to end the process: what fails meanwhile is its doing.
+        Err(_) if stop.load(Ordering::Relaxed) => loop {
+            std::thread::park();
+        },
+        done => done?,
+    };
     bar.finish_and_clear();
     if rank != 0 {
         return Ok(());
     }
-    let traffic = traffic(&options.out)?;
+    let (before, after) = (elements(&options.model)?, elements(&options.out)?);
     if args.json {
-        let rows: Vec<_> = traffic.iter().map(|t| json!({"tp": t.0, "gqa_path": t.1, "absorb_path": t.2})).collect();
+        let rows = |e: [Elements; 2]| -> Vec<_> {
+            let row = |(i, tp): (usize, &usize)| json!({"tp": tp, "gqa_path": e[0][i], "absorb_path": e[1][i]});
+            WORLDS.iter().enumerate().map(row).collect()
+        };
         let report = json!({
             "out": options.out,
             "figures": report.figures,
             "elements_before": report.elements[0],
-            "elements_a_rank": rows,
+            "elements_a_rank_before": rows(before),
+            "elements_a_rank": rows(after),
             "choices": report.choices,
         });
         return super::print(&format!("{report:#}"));
     }
-    super::print(&as_text(&options.out, &report, &traffic))
+    super::print(&as_text(&options.out, &report, before, after))
 }
 
 /// The conversion on whichever device there is.
@@ -213,6 +226,7 @@ fn options(args: &Args) -> Result<Options> {
         grouping: args.grouping,
         weights: args.weights,
         method: args.method,
+        refit: args.refit,
         rope: match args.rope {
             Rope::Adaptive => RopeMode::Adaptive,
             Rope::Published => RopeMode::Published { fold: args.fold },
@@ -233,32 +247,49 @@ fn options(args: &Args) -> Result<Options> {
     })
 }
 
-/// Set by ctrl-C and SIGTERM; a second one ends the process.
-fn interrupted() -> Result<Arc<AtomicBool>> {
+/// On ctrl-C and SIGTERM the process ends at once, whatever it is at, and removes what it has begun to make (with --resume
+/// it stays). mpirun leaves its ranks a second.
+fn end_on_interrupt(out: PathBuf, resume: bool, rank: usize) -> Result<Arc<AtomicBool>> {
+    use signal_hook::consts::{SIGINT, SIGTERM};
+    let mut signals =
+        signal_hook::iterator::Signals::new([SIGINT, SIGTERM]).map_err(|e| Error::io("signal handler", e))?;
     let stop = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        let twice = signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&stop));
-        twice
-            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
-            .map_err(|e| Error::io("signal handler", e))?;
-    }
+    let stopped = Arc::clone(&stop);
+    let watch = move || {
+        if signals.forever().next().is_some() {
+            stopped.store(true, Ordering::Relaxed);
+            if rank == 0 {
+                if !resume {
+                    convert::discard(&out);
+                }
+                eprintln!("\ngqla: {}: {}", Error::Interrupted, convert::left(&out, resume));
+            }
+            std::process::exit(Error::Interrupted.exit_code());
+        }
+    };
+    let spawned = std::thread::Builder::new().name("gqla-signals".into()).spawn(watch);
+    spawned.map_err(|e| Error::io("signal handler", e))?;
     Ok(stop)
 }
 
-/// W, and the elements on the GQA and on the absorb path; `None` where W does not divide.
-type Traffic = (usize, Option<usize>, Option<usize>);
+/// Elements a token, layer and rank at W = 1, 2, 4, 8; `None` where W does not divide, or the model lacks the path.
+type Elements = [Option<usize>; 4];
 
-/// Elements a token, layer and rank at W = 1, 2, 4, 8, from the layouts that the caches are made with.
-fn traffic(out: &Path) -> Result<Vec<Traffic>> {
-    let config = ModelConfig::load(out)?;
-    let on = |world: usize, path: DecodePath| {
-        let owned = Shard { rank: 0, world }.owned(&config, path).ok()?;
-        Some(Layout::of(&config, &owned).elements())
+const WORLDS: [usize; 4] = [1, 2, 4, 8];
+
+/// The elements on the GQA and on the absorb path, from the layouts that the caches are made with.
+fn elements(model: &Path) -> Result<[Elements; 2]> {
+    let config = ModelConfig::load(model)?;
+    let on = |path: DecodePath| {
+        WORLDS.map(|world| {
+            let owned = Shard { rank: 0, world }.owned(&config, path).ok()?;
+            Some(Layout::of(&config, &owned).elements())
+        })
     };
-    Ok([1, 2, 4, 8].into_iter().map(|w| (w, on(w, DecodePath::Gqa), on(w, DecodePath::Absorb))).collect())
+    Ok([on(DecodePath::Gqa), on(DecodePath::Absorb)])
 }
 
-fn as_text(out: &Path, report: &Report, traffic: &[Traffic]) -> String {
+fn as_text(out: &Path, report: &Report, before: [Elements; 2], after: [Elements; 2]) -> String {
     let mut text = format!("wrote {}\n", out.display());
     if let Some(f) = &report.figures {
         text.push_str(&format!(
@@ -266,18 +297,23 @@ fn as_text(out: &Path, report: &Report, traffic: &[Traffic]) -> String {
             f.windows, f.length, f.perplexity_before, f.perplexity_after, f.kl, f.top1
         ));
     }
-    let shown = |n: Option<usize>| n.map_or("–".to_string(), |n| n.to_string());
     let mut table = Table::new();
     table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["cached elements a token, layer and rank", "W=1", "W=2", "W=4", "W=8"]);
-    for (label, pick) in [("GQA path", 0), ("absorb path", 1)] {
-        let cells = traffic.iter().map(|t| shown(if pick == 0 { t.1 } else { t.2 }));
-        table.add_row(std::iter::once(label.to_string()).chain(cells));
+    table.set_header(["elements a token, layer and rank", "W=1", "W=2", "W=4", "W=8"]);
+    let rows = [("before, GQA path", before[0]), ("before, absorb path", before[1]), ("GQA path", after[0])];
+    for (label, cells) in rows.into_iter().chain([("absorb path", after[1])]) {
+        if cells.iter().any(Option::is_some) {
+            let cells = cells.map(|n| n.map_or("–".to_string(), |n| n.to_string()));
+            table.add_row(std::iter::once(label.to_string()).chain(cells));
+        }
     }
     right(&mut table);
-    text.push_str(&format!("cache before: {} elements a token and layer\n{table}", report.elements[0]));
+    text.push_str(&format!("what each rank caches of a token, and reads of it in every decode step:\n{table}"));
     if !report.choices.is_empty() {
-        text.push_str(&format!("\nsplits of the cache, best first:\n{}", choices(&report.choices)));
+        text.push_str(&format!(
+            "\nsplits of the cache and the same figures, best first:\n{}",
+            choices(&report.choices)
+        ));
     }
     text
 }

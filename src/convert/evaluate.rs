@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::calibration::Windows;
-use super::forward::{Stream, head, log_probabilities};
+use super::forward::{ROWS, Stream, head, head_name, log_probabilities};
 use super::linalg::{exp, largest, sum};
 use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
@@ -44,34 +44,39 @@ pub fn compare<B: Backend>(
     let (before, before_config) = (Checkpoint::open(before)?, ModelConfig::load(before)?);
     let (after, after_config) = (Checkpoint::open(after)?, ModelConfig::load(after)?);
     let all = || windows.windows.iter().map(Vec::as_slice).collect::<Vec<_>>();
-    // Each in a directory of its own: scratch files are named by process.
-    let places = [scratch.join("before"), scratch.join("after")];
-    for place in &places {
-        std::fs::create_dir_all(place).map_err(|e| crate::Error::io(place, e))?;
-    }
-    let teacher = Stream::start(&before, &before_config, all(), bound, &places[0])?;
+    let teacher = Stream::start(&before, &before_config, all(), bound, scratch)?;
     for i in 0..before_config.layers {
         teacher.step(backend, i, stop, |_| ())?;
     }
-    let student = Stream::start(&after, &after_config, all(), bound, &places[1])?;
+    let student = Stream::start(&after, &after_config, all(), bound, scratch)?;
     for i in 0..after_config.layers {
         student.step(backend, i, stop, |_| ())?;
     }
-    let (head_before, head_after) = (head(&before, &before_config)?, head(&after, &after_config)?);
+    let head_before = head(&before, &before_config)?;
+    // A conversion leaves the head as it was: it is held once.
+    let raw = before.raw(head_name(&before_config)).map(|(dtype, _, bytes)| (dtype, bytes));
+    let same = raw == after.raw(head_name(&after_config)).map(|(dtype, _, bytes)| (dtype, bytes));
+    let other = match same {
+        true => None,
+        false => Some(head(&after, &after_config)?),
+    };
+    let head_after = other.as_ref().unwrap_or(&head_before);
     let norm_before = before.vector("model.norm.weight", before_config.hidden)?;
     let norm_after = after.vector("model.norm.weight", after_config.hidden)?;
     let sums = (0..windows.windows.len())
         .into_par_iter()
         .map(|i| {
-            let t = log_probabilities(&teacher.final_state(i, &norm_before)?, &head_before);
-            let s = log_probabilities(&student.final_state(i, &norm_after)?, &head_after);
-            Ok(window(&t, &s, &windows.windows[i], head_before.rows()))
+            let (t, s) = (teacher.final_state(i, &norm_before)?, student.final_state(i, &norm_after)?);
+            let mut sums = [0.0; 4];
+            let rows = t.chunks(ROWS * head_before.cols).zip(s.chunks(ROWS * head_after.cols));
+            for (first, (t, s)) in (0..).step_by(ROWS).zip(rows) {
+                let (t, s) = (log_probabilities(t, &head_before), log_probabilities(s, head_after));
+                let some = positions(&t, &s, &windows.windows[i][first..], head_before.rows());
+                sums.iter_mut().zip(some).for_each(|(sum, x)| *sum += x);
+            }
+            Ok(sums)
         })
         .collect::<Result<Vec<[f64; 4]>>>()?;
-    for place in &places {
-        // Scratch: the working directory is removed anyway.
-        let _ = std::fs::remove_dir(place);
-    }
     let total = sums.iter().fold([0.0; 4], |a, b| std::array::from_fn(|i| a[i] + b[i]));
     let positions = (sums.len() * windows.length) as f64;
     let predicted = (sums.len() * (windows.length - 1)) as f64;
@@ -85,8 +90,9 @@ pub fn compare<B: Backend>(
     })
 }
 
-/// Losses before and after, divergence and agreements, summed over one window's positions.
-fn window(before: &[f32], after: &[f32], tokens: &[u32], vocab: usize) -> [f64; 4] {
+/// Losses before and after, divergence and agreements, summed over some positions; `tokens` are the first one's and those
+/// after it.
+fn positions(before: &[f32], after: &[f32], tokens: &[u32], vocab: usize) -> [f64; 4] {
     let mut sums = [0.0; 4];
     for (position, (t, s)) in before.chunks_exact(vocab).zip(after.chunks_exact(vocab)).enumerate() {
         if let Some(next) = tokens.get(position + 1) {

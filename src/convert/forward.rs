@@ -16,6 +16,9 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::shard::{Path as DecodePath, Shard};
 
+/// Positions whose logits a thread holds at once.
+pub const ROWS: usize = 64;
+
 /// Tokens a step.
 pub const STEP: usize = 2048;
 
@@ -119,11 +122,14 @@ impl<'a> Stream<'a> {
         (0..self.windows.len())
             .into_par_iter()
             .map(|i| {
-                let logits = log_probabilities(&self.final_state(i, &weight)?, &head);
-                let next = self.windows[i].iter().skip(1);
-                let mut losses: Vec<f32> =
-                    next.zip(logits.chunks_exact(head.rows())).map(|(t, row)| -row[*t as usize]).collect();
-                losses.push(0.0);
+                let mut losses = Vec::with_capacity(self.length());
+                let mut next = self.windows[i].iter().skip(1);
+                for rows in self.final_state(i, &weight)?.chunks(ROWS * head.cols) {
+                    let logits = log_probabilities(rows, &head);
+                    // The last position has no next token.
+                    let loss = |row: &[f32]| next.next().map_or(0.0, |t| -row[*t as usize]);
+                    losses.extend(logits.chunks_exact(head.rows()).map(loss));
+                }
                 Ok(losses)
             })
             .collect()
@@ -141,10 +147,14 @@ pub fn embeddings(checkpoint: &Checkpoint, config: &ModelConfig, tokens: &[u32])
     Ok(rows)
 }
 
+/// The tensor that is the head.
+pub fn head_name(config: &ModelConfig) -> &'static str {
+    if config.tie_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" }
+}
+
 /// The head, or the embedding where they are one. `[vocab, hidden]`
 pub fn head(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Rows> {
-    let name = if config.tie_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
-    tensor(checkpoint, name, config.vocab, config.hidden)
+    tensor(checkpoint, head_name(config), config.vocab, config.hidden)
 }
 
 /// Logarithms of the probabilities of every next token, `[rows, vocab]`.

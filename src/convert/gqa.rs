@@ -15,8 +15,6 @@ use super::output::Plan;
 use crate::config::Latent;
 use crate::error::{Error, Result};
 
-/// Rounds of the values' refit.
-const ROUNDS: usize = 2;
 /// What keys' errors weigh against values' in the latent: below 1 because softmax forgives what is common to all keys.
 const KEY_WEIGHT: f64 = 0.3;
 
@@ -129,7 +127,8 @@ fn look(layer: &GroupedLayer, samples: &Samples) -> Result<Seen> {
     let output: Vec<Mat<f64>> = (0..a.heads).map(|j| whole.as_ref().subcols(j * d, d).to_owned()).collect();
     let metrics: Vec<Rows> = output.iter().map(|o| Rows::from_mat((o.transpose() * o).as_ref())).collect();
 
-    // Attention's weights: what each key gets, the distances, and how far values spread.
+    (samples.told)("attention's weights");
+    // What each key gets, the distances, and how far values spread.
     struct One {
         gets: Vec<f32>,
         lags: Vec<f64>,
@@ -206,6 +205,7 @@ fn look(layer: &GroupedLayer, samples: &Samples) -> Result<Seen> {
         .collect();
 
     let cols = k.ncols();
+    (samples.told)("moments");
     let second = samples.gram(cols, 0, |i, h| {
         let (mut rows, width) = augmented(layer, h);
         samples.weigh(i, &mut rows, width);
@@ -482,6 +482,7 @@ pub fn convert(layer: &GroupedLayer, teacher: &HostAttention, samples: &Samples,
     let a = &layer.shape;
     let (d, n, rope, rank, hidden) = (a.head_dim, a.groups, plan.rope_dim, plan.latent_rank, layer.q.cols);
     let seen = look(layer, samples)?;
+    (samples.told)("projections");
     let partial = partial(layer, &seen, rope, plan.rope)?;
     let (down, up) = latent(layer, &seen, &partial, rank, plan.rope)?;
     // The softmax scale is (d+d_r)^-½ where it was d^-½, and what does not turn misses cos and sin's magnitude.
@@ -533,7 +534,7 @@ pub fn convert(layer: &GroupedLayer, teacher: &HostAttention, samples: &Samples,
     };
     if plan.rope == RopeMode::Adaptive {
         let order: Vec<usize> = (0..a.heads).collect();
-        mla::refit(&mut converted, teacher, &order, samples, ROUNDS)?;
+        mla::refit(&mut converted, teacher, &order, samples, plan.refit)?;
     }
     Ok(converted)
 }

@@ -1,11 +1,13 @@
-//! The calibration's hidden states: in memory up to a bound, above it in a file of the output's working directory.
+//! The calibration's hidden states: in memory up to a bound, above it in a file that has no name, so that
+//! nothing is left of it however the process ends.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use crate::error::{Error, Result};
+use super::write::io;
+use crate::error::Result;
 
 /// One row of `width` f32 a token, sample by sample.
 pub struct Hidden {
@@ -16,7 +18,11 @@ pub struct Hidden {
 
 enum Store {
     Memory(Vec<f32>),
-    Disk { file: File, path: PathBuf },
+    /// The path is what errors name.
+    Disk {
+        file: File,
+        path: PathBuf,
+    },
 }
 
 impl Hidden {
@@ -26,10 +32,9 @@ impl Hidden {
         let store = if bytes <= bound {
             Store::Memory(vec![0.0; samples * elements])
         } else {
-            let path = directory.join(format!("hidden-{}.f32", std::process::id()));
-            let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
-            let file = file.map_err(|e| Error::io(&path, e))?;
-            file.set_len(bytes).map_err(|e| Error::io(&path, e))?;
+            std::fs::create_dir_all(directory).map_err(|e| io(directory, e))?;
+            let (file, path) = nameless(directory)?;
+            file.set_len(bytes).map_err(|e| io(&path, e))?;
             Store::Disk { file, path }
         };
         Ok(Hidden { sample: elements, store: Mutex::new(store) })
@@ -42,7 +47,7 @@ impl Hidden {
             Store::Disk { file, path } => {
                 let mut bytes = vec![0; self.sample * 4];
                 let at = SeekFrom::Start((i * self.sample * 4) as u64);
-                file.seek(at).and_then(|_| file.read_exact(&mut bytes)).map_err(|e| Error::io(&*path, e))?;
+                file.seek(at).and_then(|_| file.read_exact(&mut bytes)).map_err(|e| io(path, e))?;
                 let (words, _) = bytes.as_chunks::<4>();
                 Ok(words.iter().map(|b| f32::from_le_bytes(*b)).collect())
             }
@@ -57,18 +62,26 @@ impl Hidden {
             Store::Disk { file, path } => {
                 let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
                 let at = SeekFrom::Start((i * self.sample * 4) as u64);
-                file.seek(at).and_then(|_| file.write_all(&bytes)).map_err(|e| Error::io(&*path, e))?;
+                file.seek(at).and_then(|_| file.write_all(&bytes)).map_err(|e| io(path, e))?;
             }
         }
         Ok(())
     }
 }
 
-impl Drop for Hidden {
-    fn drop(&mut self) {
-        if let Store::Disk { path, .. } = &*self.store.lock().unwrap_or_else(PoisonError::into_inner) {
-            // Scratch: the working directory is removed anyway.
-            let _ = std::fs::remove_file(path);
+/// A new file in `directory`, whose name is removed at once.
+fn nameless(directory: &Path) -> Result<(File, PathBuf)> {
+    let mut number = 0;
+    loop {
+        let path = directory.join(format!(".hidden-{}-{number}.f32", std::process::id()));
+        match File::options().read(true).write(true).create_new(true).open(&path) {
+            Ok(file) => {
+                std::fs::remove_file(&path).map_err(|e| io(&path, e))?;
+                return Ok((file, path));
+            }
+            // Another thread, or a process of another host, has just made its own.
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && number < 1000 => number += 1,
+            Err(e) => return Err(io(&path, e)),
         }
     }
 }

@@ -5,13 +5,16 @@ use std::sync::{Mutex, PoisonError};
 
 use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{self, BlockStructure};
-use faer::{Accum, Mat, MatMut, MatRef, get_global_parallelism};
+use faer::{Accum, Mat, MatRef, Par, get_global_parallelism};
 use rayon::prelude::*;
 
 use super::attention::norm;
 use super::hidden::Hidden;
 use crate::comm::Communicator;
 use crate::error::{Error, Result};
+
+/// Widest second moment that each thread may hold a part of.
+const NARROW: usize = 1024;
 
 /// This rank's samples at the input of one layer.
 pub struct Samples<'a> {
@@ -29,6 +32,8 @@ pub struct Samples<'a> {
     pub comm: &'a Mutex<Box<dyn Communicator>>,
     /// Set by ctrl-C.
     pub stop: &'a AtomicBool,
+    /// Told what is done with the samples now.
+    pub told: &'a (dyn Fn(&str) + Sync),
 }
 
 /// Rows that one sample adds to a [`Gram`]. They are already multiplied by the root of their weights.
@@ -98,43 +103,52 @@ impl Samples<'_> {
         let mut second = Mat::<f64>::zeros(width, width);
         let mut products = Mat::<f64>::zeros(cross, width);
         let mut mean = vec![0f64; width + 1];
-        let mut sum = Mat::<f32>::zeros(width, width);
-        let mut partial = Mat::<f32>::zeros(cross, width);
-        self.each(work, |parts| {
-            // One product over the samples together, in f32; the sums over all of them are f64.
-            let rows: Vec<f32> = parts.iter().flat_map(|p| p.rows.iter().copied()).collect();
-            let other: Vec<f32> = parts.iter().flat_map(|p| p.cross.iter().copied()).collect();
-            let count = rows.len() / width;
-            let view = MatRef::from_row_major_slice(&rows, count, width);
+        // Products within a sample are f32 and the sums over samples f64, so that neither the threads nor the ranks that
+        // share the samples make a difference. Narrow products run beside each other, wide ones on all threads.
+        let narrow = width <= NARROW;
+        let products_of = |part: &Part, own: &mut Mat<f32>, with: &mut Mat<f32>, par: Par| {
+            let count = part.rows.len() / width;
+            let rows = MatRef::from_row_major_slice(&part.rows, count, width);
             triangular::matmul(
-                sum.as_mut(),
+                own.as_mut(),
                 BlockStructure::TriangularLower,
                 Accum::Replace,
-                view.transpose(),
+                rows.transpose(),
                 BlockStructure::Rectangular,
-                view,
+                rows,
                 BlockStructure::Rectangular,
                 1.0f32,
-                get_global_parallelism(),
+                par,
             );
-            for c in 0..width {
-                for r in c..width {
-                    second[(r, c)] += f64::from(sum[(r, c)]);
-                }
-            }
-            for row in rows.chunks_exact(width) {
-                row.iter().zip(&mut mean).for_each(|(x, m)| *m += f64::from(*x));
-            }
             if cross > 0 {
-                let other_view = MatRef::from_row_major_slice(&other, count, cross);
-                let to: MatMut<'_, f32> = partial.as_mut();
-                matmul(to, Accum::Replace, other_view.transpose(), view, 1.0f32, get_global_parallelism());
-                for c in 0..width {
-                    for r in 0..cross {
-                        products[(r, c)] += f64::from(partial[(r, c)]);
-                    }
+                let other = MatRef::from_row_major_slice(&part.cross, count, cross);
+                matmul(with.as_mut(), Accum::Replace, other.transpose(), rows, 1.0f32, par);
+            }
+        };
+        let room = || (Mat::<f32>::zeros(width, width), Mat::<f32>::zeros(cross, width));
+        let one = |i: usize, h: &[f32]| -> Result<(Part, Option<(Mat<f32>, Mat<f32>)>)> {
+            let part = work(i, h)?;
+            let made = narrow.then(|| {
+                let (mut own, mut with) = room();
+                products_of(&part, &mut own, &mut with, Par::Seq);
+                (own, with)
+            });
+            Ok((part, made))
+        };
+        let mut wide = if narrow { None } else { Some(room()) };
+        self.each(one, |parts| {
+            for (part, made) in parts {
+                if let Some((own, with)) = &mut wide {
+                    products_of(&part, own, with, get_global_parallelism());
                 }
-                mean[width] += other.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>();
+                if let Some((own, with)) = made.as_ref().or(wide.as_ref()) {
+                    add(&mut second, own, true);
+                    add(&mut products, with, false);
+                }
+                for row in part.rows.chunks_exact(width) {
+                    row.iter().zip(&mut mean).for_each(|(x, m)| *m += f64::from(*x));
+                }
+                mean[width] += part.cross.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>();
             }
             Ok(())
         })?;
@@ -167,6 +181,17 @@ impl Samples<'_> {
     pub fn sum(&self, values: &mut [f64]) -> Result<()> {
         sum_over_ranks(self.comm, values)
     }
+}
+
+/// Adds `what` to `to`, of `lower` matrices the lower half alone.
+fn add(to: &mut Mat<f64>, what: &Mat<f32>, lower: bool) {
+    to.as_mut().par_col_iter_mut().zip(what.as_ref().par_col_iter()).enumerate().for_each(|(c, (to, what))| {
+        let first = if lower { c } else { 0 };
+        if let (Some(to), Some(what)) = (to.try_as_col_major_mut(), what.try_as_col_major()) {
+            let pairs = to.as_slice_mut()[first..].iter_mut().zip(&what.as_slice()[first..]);
+            pairs.for_each(|(to, what)| *to += f64::from(*what));
+        }
+    });
 }
 
 /// Sums `values` over the ranks, in rank order.

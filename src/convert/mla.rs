@@ -10,8 +10,6 @@ use super::refit::{Moments, Values};
 use super::{Method, layer_output};
 use crate::error::Result;
 
-/// Rounds of the values' refit.
-const ROUNDS: usize = 2;
 /// Widest second moment of pooled latents that is held at once; above it groups are refitted apart.
 const WIDEST: usize = 12_288;
 
@@ -24,6 +22,8 @@ pub struct Plan {
     pub grouping: Grouping,
     /// The method.
     pub method: Method,
+    /// Rounds of the values' refit.
+    pub refit: usize,
 }
 
 /// What heads are changed by: query maps, shared projections, output columns.
@@ -69,6 +69,7 @@ fn query(layer: &LatentLayer, j: usize) -> Mat<f64> {
 /// The covariance of the latent, `/ (N−1)`, and its second moment. Weighted tokens are rows times √w, centred as they
 /// are, as the published tool has it.
 fn latent_moments(layer: &LatentLayer, samples: &Samples) -> Result<(Mat<f64>, Mat<f64>)> {
+    (samples.told)("moments");
     let width = layer.shape.kv_rank;
     let gram = samples.gram(width, 0, |i, h| {
         let (mut rows, _) = layer.latent(h);
@@ -95,6 +96,7 @@ fn group(maps: &[(Vec<Mat<f64>>, &Mat<f64>)], heads: usize, plan: &Plan) -> Resu
 /// The published route (4a): PCA of each group's stacked keys and of its stacked values.
 fn published(layer: &LatentLayer, samples: &Samples, plan: &Plan) -> Result<Shared> {
     let (covariance, _) = latent_moments(layer, samples)?;
+    (samples.told)("projections");
     let (all_keys, all_values) = (keys(layer), values(layer));
     let groups = group(&[(all_keys.clone(), &covariance), (all_values.clone(), &covariance)], layer.shape.heads, plan)?;
     let old = outputs(layer);
@@ -138,6 +140,7 @@ fn aware(layer: &LatentLayer, teacher: &HostAttention, samples: &Samples, plan: 
         samples.weigh(i, &mut rows, q_width);
         Ok(Part { rows, cross: vec![] })
     })?;
+    (samples.told)("projections");
     let (all_keys, all_values, old) = (keys(layer), values(layer), outputs(layer));
     let key_metric: Vec<Mat<f64>> = (0..heads)
         .map(|j| {
@@ -173,11 +176,11 @@ fn aware(layer: &LatentLayer, teacher: &HostAttention, samples: &Samples, plan: 
     }
     let order: Vec<usize> = groups.iter().flatten().copied().collect();
     let mut student = rebuild(layer, &new);
-    refit(&mut student, teacher, &order, samples, ROUNDS)?;
+    refit(&mut student, teacher, &order, samples, plan.refit)?;
     Ok(student)
 }
 
-/// Refits the values' path of `student` to the output of `teacher`, whose head `order[j]` is the student's head j.
+/// Refits the values' path of `student`, in `rounds` rounds, to the output of `teacher`, whose head `order[j]` is the student's head j.
 pub fn refit(
     student: &mut LatentLayer,
     teacher: &HostAttention,
@@ -185,6 +188,9 @@ pub fn refit(
     samples: &Samples,
     rounds: usize,
 ) -> Result<()> {
+    if rounds == 0 {
+        return Ok(());
+    }
     let a = student.shape.clone();
     let (p, size, hidden) = (a.kv_rank, a.heads / a.groups, student.output.rows());
     let at_once = (WIDEST / (p * size)).clamp(1, a.groups);
@@ -192,6 +198,7 @@ pub fn refit(
         let groups = first..(first + at_once).min(a.groups);
         let heads = groups.start * size..groups.end * size;
         let width = heads.len() * p;
+        (samples.told)("moments of attention's output");
         let gram = samples.gram(width, hidden, |i, h| {
             let projected = student.project(h);
             let mut rows = vec![0.0; projected.length * width];
@@ -206,6 +213,7 @@ pub fn refit(
             samples.weigh(i, &mut cross, hidden);
             Ok(Part { rows, cross })
         })?;
+        (samples.told)("refit");
         let moments = Moments { pooled: gram.second, cross: gram.cross, power: gram.power };
         let output = outputs(student);
         let mut values = Values {

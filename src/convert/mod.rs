@@ -36,12 +36,13 @@ use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
 use crate::comm::Communicator;
 use crate::config::{Attention, ModelConfig};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 pub use evaluate::{Figures, compare};
 pub use forward::STEP;
 pub use gqa::{Choice, RopeMode};
 pub use grouping::Grouping;
+pub use write::discard;
 
 /// Ranks wait for each other a layer at a time, and a layer may take long.
 const PATIENCE: Duration = Duration::from_secs(3600);
@@ -90,6 +91,8 @@ pub struct Options {
     pub weights: Weights,
     /// How keys and values are shared.
     pub method: Method,
+    /// Rounds of the values' refit, where the method has one; 0 leaves it out.
+    pub refit: usize,
     /// Llama: how RoPE is concentrated.
     pub rope: RopeMode,
     /// Llama: d_r, and d_c, when given.
@@ -120,6 +123,35 @@ pub struct Options {
     pub resume: bool,
 }
 
+impl Options {
+    /// The command's defaults.
+    pub fn new(model: impl Into<PathBuf>, out: impl Into<PathBuf>, calibration: impl Into<PathBuf>) -> Options {
+        Options {
+            model: model.into(),
+            out: out.into(),
+            groups: None,
+            grouping: Grouping::Neighbor,
+            weights: Weights::Uniform,
+            method: Method::AttentionAware,
+            refit: 2,
+            rope: RopeMode::Adaptive,
+            rope_dim: None,
+            latent_rank: None,
+            cache_elements: None,
+            calibration: calibration.into(),
+            samples: 128,
+            length: 512,
+            seed: 42,
+            evaluate: None,
+            evaluate_windows: None,
+            stored: StoredType::Source,
+            shard_bytes: 5_000_000_000,
+            spill: 4_000_000_000,
+            resume: false,
+        }
+    }
+}
+
 /// What a conversion did.
 #[derive(Debug, Clone)]
 pub struct Report {
@@ -131,8 +163,8 @@ pub struct Report {
     pub choices: Vec<Choice>,
 }
 
-/// Told of progress: units done, units in all, and what is being done.
-pub type Progress<'a> = &'a dyn Fn(usize, usize, &str);
+/// Told of progress: layers done, layers in all, and what is being done, at the beginning of each part of it.
+pub type Progress<'a> = &'a (dyn Fn(usize, usize, &str) + Sync);
 
 /// The output of an attention layer from its normed input `[length, hidden]`: the part of some heads.
 fn layer_output(teacher: &HostAttention, h: &[f32], heads: &[usize]) -> Vec<f32> {
@@ -192,9 +224,10 @@ pub fn convert<B: Backend>(
     let comm = Mutex::new(comm);
     let done = on_all_ranks(options, backend, &comm, stop, progress);
     let mut comm = comm.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let (working, settings, plan, report, rank) = match done {
+    let (working, settings, plan, report) = match done {
         Ok(done) => done,
         Err(error) => {
+            let error = remains(error, options);
             if comm.world() > 1 {
                 comm.abort(error.exit_code(), &error.to_string());
             }
@@ -203,21 +236,45 @@ pub fn convert<B: Backend>(
     };
     // From here on rank 0 works alone.
     comm.finish()?;
-    if rank != 0 {
+    let Some(working) = working else {
         return Ok(report);
-    }
-    finish(options, backend, stop, progress, working, &settings, &plan, report)
+    };
+    let done = finish(options, backend, stop, progress, working, &settings, &plan, report);
+    done.map_err(|error| remains(error, options))
 }
 
-/// Reads the calibration and converts every layer: the working directory, the settings, the plan, what is known to
-/// report, and the rank.
+/// The error of a conversion that has ended, and what is left of it where the disk was at fault.
+fn remains(error: Error, options: &Options) -> Error {
+    match error {
+        Error::Io { file, what } => {
+            let left = left(&options.out, options.resume);
+            Error::Io { file, what: format!("{what} ({left})") }
+        }
+        other => other,
+    }
+}
+
+/// What is left of a conversion to `out` that did not finish, in words.
+pub fn left(out: &Path, resume: bool) -> String {
+    let directory = write::beside(out);
+    if !directory.exists() {
+        "nothing is left of the conversion".into()
+    } else if resume {
+        format!("finished layers are kept in {}: the same command goes on from there", directory.display())
+    } else {
+        format!("{} could not be removed: remove it", directory.display())
+    }
+}
+
+/// Reads the calibration and converts every layer: the working directory on rank 0, the settings, the plan, and what is
+/// known to report.
 fn on_all_ranks<B: Backend>(
     options: &Options,
     backend: &mut B,
     comm: &Mutex<Box<dyn Communicator>>,
     stop: &AtomicBool,
     progress: Progress,
-) -> Result<(Working, Value, output::Plan, Report, usize)> {
+) -> Result<(Option<Working>, Value, output::Plan, Report)> {
     let checkpoint = Checkpoint::open(&options.model)?;
     let config = ModelConfig::load(&options.model)?;
     let mut plan = output::plan(options, &config)?;
@@ -238,23 +295,35 @@ fn on_all_ranks<B: Backend>(
         let comm = comm.lock().unwrap_or_else(PoisonError::into_inner);
         (comm.rank(), comm.world())
     };
-    // Rank 0's directory becomes the output; the others need one for hidden states alone.
-    let working = match rank {
-        0 => Working::open(&options.out, options.resume)?,
-        _ => Working::open(&options.out.with_extension(format!("rank{rank}")), false)?,
+    // Rank 0's directory becomes the output; what the others spill goes beside it.
+    let working = if rank == 0 { Some(Working::open(&options.out, options.resume)?) } else { None };
+    let scratch = match &working {
+        Some(working) => working.directory.clone(),
+        None => write::beside(&options.out).with_file_name("."),
     };
     let settings = output::settings(options, &config, &plan, &calibration);
-    let finished = agreed(comm, config.layers + config.mtp_layers, output::resume(&working, &settings)?)?;
+    let finished = match &working {
+        Some(working) => output::resume(working, layers(&checkpoint, &config), &settings)?,
+        None => vec![],
+    };
+    let finished = agreed(comm, &finished)?;
     let mine = (rank..calibration.windows.len()).step_by(world).collect();
-    let run =
-        Run { options, checkpoint: &checkpoint, config: &config, calibration: &calibration, mine, working: &working };
+    let run = Run {
+        options,
+        checkpoint: &checkpoint,
+        config: &config,
+        calibration: &calibration,
+        mine,
+        working: working.as_ref(),
+        scratch,
+    };
     let mut choices = Vec::new();
     if let (Attention::Grouped(a), false) = (&config.attention, plan.splits.is_empty()) {
         choices = plan.choose(&run.survey(backend, comm, stop, progress, &plan)?, a.head_dim);
     }
     run.layers(backend, comm, stop, progress, &plan, &finished)?;
     let report = Report { figures: None, elements: plan.elements, choices };
-    Ok((working, settings, plan, report, rank))
+    Ok((working, settings, plan, report))
 }
 
 fn evaluation(options: &Options, config: &ModelConfig) -> Result<Option<Windows>> {
@@ -277,8 +346,8 @@ fn finish<B: Backend>(
 ) -> Result<Report> {
     let checkpoint = Checkpoint::open(&options.model)?;
     let config = ModelConfig::load(&options.model)?;
-    let layers: Vec<PathBuf> = (0..config.layers + config.mtp_layers).map(|i| working.layer(i)).collect();
-    progress(0, 1, "writing");
+    let layers: Vec<PathBuf> = (0..layers(&checkpoint, &config)).map(|i| working.layer(i)).collect();
+    progress(0, 1, "writing shards");
     let dropped = output::dropped(&config);
     write::assemble(&checkpoint, &working.directory, &layers, dropped, options.shard_bytes)?;
     write::copy_companions(&options.model, &working.directory)?;
@@ -302,7 +371,10 @@ struct Run<'a> {
     calibration: &'a Windows,
     /// This rank's windows.
     mine: Vec<usize>,
-    working: &'a Working,
+    /// The output to be, on rank 0.
+    working: Option<&'a Working>,
+    /// Where hidden states are spilled.
+    scratch: PathBuf,
 }
 
 impl Run<'_> {
@@ -316,7 +388,7 @@ impl Run<'_> {
         plan: &output::Plan,
         finished: &[bool],
     ) -> Result<()> {
-        let (config, count) = (self.config, self.config.layers + self.config.mtp_layers);
+        let (config, count) = (self.config, layers(self.checkpoint, self.config));
         let weights = match self.options.weights {
             Weights::Uniform => None,
             Weights::Nll => {
@@ -332,32 +404,33 @@ impl Run<'_> {
             return Ok(());
         }
         let mut stream = self.start()?;
-        let rank = comm.lock().unwrap_or_else(PoisonError::into_inner).rank();
         for i in 0..count {
-            progress(i, count, "converting layers");
+            let told = |what: &str| progress(i, count, what);
+            told("reading weights");
             if i == config.layers {
-                stream = mtp::enter(stream, self.options.spill, &self.working.directory)?;
+                stream = mtp::enter(stream, self.options.spill, &self.scratch)?;
             }
             let norm = self.checkpoint.vector(&format!("model.layers.{i}.input_layernorm.weight"), config.hidden)?;
-            let samples = self.samples(&stream, &norm, weights.as_deref(), comm, stop);
+            let samples = self.samples(&stream, &norm, weights.as_deref(), comm, stop, &told);
             if !finished[i] {
                 let made = self.layer(i, &samples, plan)?;
-                if rank == 0 {
-                    write::save_layer(&self.working.layer(i), &made, &output::dtype(self.options, self.checkpoint)?)?;
+                told("writing the layer");
+                if let Some(working) = self.working {
+                    write::save_layer(&working.layer(i), &made, &output::dtype(self.options, self.checkpoint)?)?;
                 }
             }
             if i + 1 < count {
+                told("model forward");
                 stream.step(backend, i, stop, |_| ())?;
             }
         }
-        progress(count, count, "converting layers");
         Ok(())
     }
 
     /// This rank's windows at the model's beginning.
     fn start(&self) -> Result<Stream<'_>> {
         let windows = self.mine.iter().map(|i| self.calibration.windows[*i].as_slice()).collect();
-        Stream::start(self.checkpoint, self.config, windows, self.options.spill, &self.working.directory)
+        Stream::start(self.checkpoint, self.config, windows, self.options.spill, &self.scratch)
     }
 
     fn samples<'s>(
@@ -367,6 +440,7 @@ impl Run<'_> {
         weights: Option<&'s [Vec<f32>]>,
         comm: &'s Mutex<Box<dyn Communicator>>,
         stop: &'s AtomicBool,
+        told: &'s (dyn Fn(&str) + Sync),
     ) -> Samples<'s> {
         Samples {
             hidden: &stream.hidden,
@@ -376,6 +450,7 @@ impl Run<'_> {
             weights,
             comm,
             stop,
+            told,
         }
     }
 
@@ -391,10 +466,11 @@ impl Run<'_> {
         let stream = self.start()?;
         let mut predicted = vec![0.0; plan.splits.len()];
         for i in 0..self.config.layers {
-            progress(i, self.config.layers, "comparing splits of the cache");
+            let told = |_: &str| progress(i, self.config.layers, "comparing splits of the cache");
             let norm = format!("model.layers.{i}.input_layernorm.weight");
             let norm = self.checkpoint.vector(&norm, self.config.hidden)?;
-            let samples = self.samples(&stream, &norm, None, comm, stop);
+            let samples = self.samples(&stream, &norm, None, comm, stop, &told);
+            told("");
             if let HostAttention::Grouped(layer) = HostAttention::read(self.checkpoint, self.config, i)? {
                 let layer = gqa::survey(&layer, &samples, &plan.splits)?;
                 predicted.iter_mut().zip(layer).for_each(|(sum, x)| *sum += x);
@@ -409,7 +485,8 @@ impl Run<'_> {
     /// The new tensors of layer `i`.
     fn layer(&self, i: usize, samples: &Samples, plan: &output::Plan) -> Result<Vec<Made>> {
         let teacher = HostAttention::read(self.checkpoint, self.config, i)?;
-        let share = mla::Plan { groups: plan.groups, grouping: self.options.grouping, method: self.options.method };
+        let Options { grouping, method, .. } = *self.options;
+        let share = mla::Plan { groups: plan.groups, grouping, method, refit: plan.refit };
         let layer = match &teacher {
             HostAttention::Latent(l) if plan.groups == l.shape.groups => return Ok(vec![]),
             HostAttention::Latent(l) => mla::convert(&gqa::per_head(l), &teacher, samples, &share)?,
@@ -450,9 +527,15 @@ impl Run<'_> {
     }
 }
 
+/// Layers to be converted: the model's, and its MTP layer unless config.json alone has one.
+fn layers(checkpoint: &Checkpoint, config: &ModelConfig) -> usize {
+    let there = |i: &usize| checkpoint.has(&format!("model.layers.{i}.eh_proj.weight"), false);
+    config.layers + (config.layers..config.layers + config.mtp_layers).filter(there).count()
+}
+
 /// Rank 0's list of finished layers, on every rank.
-fn agreed(comm: &Mutex<Box<dyn Communicator>>, count: usize, kept: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
-    let mut message: Vec<u8> = (0..count).map(|i| u8::from(kept(i))).collect();
+fn agreed(comm: &Mutex<Box<dyn Communicator>>, finished: &[bool]) -> Result<Vec<bool>> {
+    let mut message: Vec<u8> = finished.iter().map(|done| u8::from(*done)).collect();
     comm.lock().unwrap_or_else(PoisonError::into_inner).broadcast(&mut message, None)?;
     Ok(message.iter().map(|b| *b == 1).collect())
 }

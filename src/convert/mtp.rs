@@ -19,9 +19,7 @@ pub fn enter<'a>(main: Stream<'a>, bound: u64, directory: &Path) -> Result<Strea
     let last = checkpoint.vector("model.norm.weight", hidden)?;
     let joined = tensor(checkpoint, &at("eh_proj.weight"), hidden, 2 * hidden)?;
     let length = main.length() - 1;
-    let place = directory.join("mtp");
-    std::fs::create_dir_all(&place).map_err(|e| crate::Error::io(&place, e))?;
-    let states = Hidden::new(main.windows.len(), length * hidden, bound, &place)?;
+    let states = Hidden::new(main.windows.len(), length * hidden, bound, directory)?;
     for (i, tokens) in main.windows.iter().enumerate() {
         let mut next = embeddings(checkpoint, config, &tokens[1..])?;
         norm(&mut next, &enorm, eps);

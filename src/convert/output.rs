@@ -30,6 +30,8 @@ pub struct Plan {
     pub latent_rank: usize,
     /// How RoPE is concentrated (Llama).
     pub rope: RopeMode,
+    /// Rounds of the values' refit.
+    pub refit: usize,
     /// Each layer stores its frequencies.
     pub stored_inv_freq: bool,
     /// Splits of the cache to choose among by predicted loss, `(d_r, d_c)`; empty where the split is given.
@@ -83,6 +85,7 @@ pub fn plan(options: &Options, config: &ModelConfig) -> Result<Plan> {
                 rope_dim: a.rope,
                 latent_rank: a.kv_rank,
                 rope: options.rope,
+                refit: options.refit,
                 stored_inv_freq: a.stored_inv_freq,
                 splits: vec![],
                 elements: [before, groups * (a.nope + a.value) + a.rope, before],
@@ -141,6 +144,7 @@ fn llama(options: &Options, a: &Grouped, groups: usize, hidden: usize) -> Result
         rope_dim: rope,
         latent_rank: latent,
         rope: options.rope,
+        refit: options.refit,
         // As published the frequencies are those of plain RoPE, unless there are more pairs than a head has.
         stored_inv_freq: options.rope == RopeMode::Adaptive || rope > d,
         splits,
@@ -225,6 +229,7 @@ pub fn settings(options: &Options, config: &ModelConfig, plan: &Plan, calibratio
         "method": named(options.method),
         "grouping": named(options.grouping),
         "weights": named(options.weights),
+        "refit": options.refit,
         "rope": if llama { rope } else { Value::Null },
         "asked": {
             "rope_dim": options.rope_dim,
@@ -242,8 +247,8 @@ pub fn settings(options: &Options, config: &ModelConfig, plan: &Plan, calibratio
     })
 }
 
-/// The layers that an earlier run with the same settings finished.
-pub fn resume(working: &Working, settings: &Value) -> Result<impl Fn(usize) -> bool + use<>> {
+/// Which of `layers` layers an earlier run with the same settings finished.
+pub fn resume(working: &Working, layers: usize, settings: &Value) -> Result<Vec<bool>> {
     let file = working.directory.join(SETTINGS);
     let text = format!("{settings:#}\n");
     let mut kept = false;
@@ -259,8 +264,7 @@ pub fn resume(working: &Working, settings: &Value) -> Result<impl Fn(usize) -> b
     } else {
         write::text(&file, &text)?;
     }
-    let directory = working.directory.clone();
-    Ok(move |i: usize| kept && directory.join(format!("layer-{i:05}.part")).is_file())
+    Ok((0..layers).map(|i| kept && working.layer(i).is_file()).collect())
 }
 
 /// Removes what only the run needed.

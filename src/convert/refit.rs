@@ -6,8 +6,9 @@
 //! preconditioned conjugate gradients. Nothing is trained: two or three rounds reach what many reach.
 
 use faer::Mat;
+use rayon::prelude::*;
 
-use super::linalg::{beside, mean_diagonal, ridge, solve_right};
+use super::linalg::{beside, mean_diagonal, ridge, solve_right, stack};
 use crate::error::Result;
 
 /// Part of the mean diagonal added in the regression of the outputs.
@@ -39,42 +40,59 @@ pub struct Values {
 }
 
 impl Values {
-    /// `[hidden, n·p]`: what the heads' pooled latents are multiplied by.
-    fn map(&self) -> Mat<f64> {
-        let maps: Vec<Mat<f64>> = self.output.iter().zip(&self.group_of).map(|(o, g)| o * &self.shared[*g]).collect();
-        beside(&maps)
+    /// `OᵀO` of all heads, `[n·value, n·value]`.
+    fn products(&self) -> Mat<f64> {
+        let outputs = beside(&self.output);
+        outputs.transpose() * &outputs
+    }
+
+    /// Half the gradient of the squared output by the projections, for projections `shared`:
+    /// `Σ_{j in g} Σ_i O_jᵀ O_i B_g(i) E[c̄_i c̄_jᵀ]`, `[value, p]` a group.
+    fn through(&self, shared: &[Mat<f64>], products: &Mat<f64>, m: &Moments) -> Vec<Mat<f64>> {
+        let (value, p) = (shared[0].nrows(), shared[0].ncols());
+        let of_head = |j: usize| -> Mat<f64> {
+            let mut all = Mat::zeros(self.group_of.len() * value, p);
+            for (i, g) in self.group_of.iter().enumerate() {
+                let block = &shared[*g] * m.pooled.as_ref().submatrix(i * p, j * p, p, p);
+                all.as_mut().subrows_mut(i * value, value).copy_from(&block);
+            }
+            products.as_ref().subrows(j * value, value) * &all
+        };
+        self.by_group((0..self.group_of.len()).into_par_iter().map(of_head).collect())
+    }
+
+    /// The same of the wanted output: `Σ_{j in g} O_jᵀ E[y c̄_jᵀ]`.
+    fn wanted(&self, m: &Moments) -> Vec<Mat<f64>> {
+        let p = self.shared[0].ncols();
+        let of_head = |(j, o): (usize, &Mat<f64>)| o.transpose() * m.cross.as_ref().subcols(j * p, p);
+        self.by_group(self.output.par_iter().enumerate().map(of_head).collect())
+    }
+
+    fn by_group(&self, of_heads: Vec<Mat<f64>>) -> Vec<Mat<f64>> {
+        let mut sums = vec![Mat::zeros(self.shared[0].nrows(), self.shared[0].ncols()); self.shared.len()];
+        self.group_of.iter().zip(&of_heads).for_each(|(g, x)| sums[*g] += x);
+        sums
     }
 
     /// The part of the wanted output's power that is missed.
-    pub fn error(&self, m: &Moments) -> f64 {
-        let map = self.map();
-        let through = &map * &m.pooled;
-        let mut sum = 0.0;
-        for c in 0..map.ncols() {
-            for r in 0..map.nrows() {
-                sum += map[(r, c)] * (through[(r, c)] - 2.0 * m.cross[(r, c)]);
-            }
-        }
-        (m.power + sum) / m.power.max(f64::MIN_POSITIVE)
+    fn error(&self, products: &Mat<f64>, m: &Moments) -> f64 {
+        let made = dot(&self.shared, &self.through(&self.shared, products, m));
+        (m.power + made - 2.0 * dot(&self.shared, &self.wanted(m))) / m.power.max(f64::MIN_POSITIVE)
     }
 
     /// The outputs that fit best, given the projections.
     fn fit_output(&mut self, m: &Moments) -> Result<()> {
         let heads = self.group_of.len();
         let (value, p) = (self.shared[0].nrows(), self.shared[0].ncols());
-        // [n·p, n·value] pooled·Zᵀ and [n·value, n·value] Z·pooled·Zᵀ, head by head: Z is block-diagonal.
-        let half: Vec<Mat<f64>> = (0..heads)
-            .map(|j| m.pooled.as_ref().subcols(j * p, p) * self.shared[self.group_of[j]].transpose())
-            .collect();
-        let half = beside(&half);
-        let mut normal = Mat::zeros(heads * value, heads * value);
-        let mut cross = Vec::with_capacity(heads);
-        for j in 0..heads {
-            let b = &self.shared[self.group_of[j]];
-            let rows = b * half.as_ref().subrows(j * p, p);
-            normal.as_mut().subrows_mut(j * value, value).copy_from(&rows);
-            cross.push(m.cross.as_ref().subcols(j * p, p) * b.transpose());
-        }
+        let own = |j: usize| &self.shared[self.group_of[j]];
+        // [n·value, n·value]: E of all values' products, a column of blocks at a time.
+        let column = |j: usize| -> Mat<f64> {
+            let half = m.pooled.as_ref().subcols(j * p, p) * own(j).transpose();
+            stack(&(0..heads).map(|i| own(i) * half.as_ref().subrows(i * p, p)).collect::<Vec<_>>())
+        };
+        let mut normal = beside(&(0..heads).into_par_iter().map(column).collect::<Vec<_>>());
+        let cross: Vec<Mat<f64>> =
+            (0..heads).into_par_iter().map(|j| m.cross.as_ref().subcols(j * p, p) * own(j).transpose()).collect();
         // The ridge pulls to the outputs as they are, so that what is exact stays so.
         let old = beside(&self.output);
         let missing = beside(&cross) - &old * &normal;
@@ -84,8 +102,8 @@ impl Values {
         Ok(())
     }
 
-    /// The projections that fit better, given the outputs.
-    fn fit_shared(&mut self, m: &Moments, groups: &[Vec<usize>]) -> Result<()> {
+    /// The projections that fit better, given the outputs and their products.
+    fn fit_shared(&mut self, m: &Moments, groups: &[Vec<usize>], products: &Mat<f64>) -> Result<()> {
         let p = self.shared[0].ncols();
         let block = |j: usize| m.pooled.as_ref().submatrix(j * p, j * p, p, p);
         let mut left = Vec::new();
@@ -106,26 +124,9 @@ impl Values {
         }
         let precondition =
             |r: &[Mat<f64>]| -> Vec<Mat<f64>> { (0..r.len()).map(|g| &left[g] * &r[g] * &right[g]).collect() };
-        // The gradient of each projection when the outputs' map times the moments is `through`.
-        let gather = |through: &Mat<f64>| -> Vec<Mat<f64>> {
-            groups
-                .iter()
-                .map(|heads| {
-                    let mut sum = Mat::zeros(self.shared[0].nrows(), p);
-                    for &j in heads {
-                        sum += self.output[j].transpose() * through.as_ref().subcols(j * p, p);
-                    }
-                    sum
-                })
-                .collect()
-        };
-        let apply = |shared: &[Mat<f64>]| -> Vec<Mat<f64>> {
-            let maps: Vec<Mat<f64>> = self.output.iter().zip(&self.group_of).map(|(o, g)| o * &shared[*g]).collect();
-            gather(&(beside(&maps) * &m.pooled))
-        };
         let mut x = self.shared.clone();
-        let start = apply(&x);
-        let mut residual: Vec<Mat<f64>> = gather(&m.cross).iter().zip(&start).map(|(a, b)| a - b).collect();
+        let start = self.through(&x, products, m);
+        let mut residual: Vec<Mat<f64>> = self.wanted(m).iter().zip(&start).map(|(a, b)| a - b).collect();
         let mut z = precondition(&residual);
         let mut direction = z.clone();
         let mut size = dot(&residual, &z);
@@ -134,7 +135,7 @@ impl Values {
             if size <= first * 1e-12 || size <= f64::MIN_POSITIVE {
                 break;
             }
-            let moved = apply(&direction);
+            let moved = self.through(&direction, products, m);
             let curvature = dot(&direction, &moved);
             if curvature <= 0.0 {
                 break;
@@ -155,17 +156,19 @@ impl Values {
     /// Fits outputs and projections in turn, until a round gains less than half a percent.
     pub fn refit(&mut self, m: &Moments, rounds: usize) -> Result<()> {
         // Nothing to gain, or less than the rounding of the moments: what is exact stays exact.
-        if mean_diagonal(&m.pooled) <= 0.0 || self.error(m) < EXACT {
+        if mean_diagonal(&m.pooled) <= 0.0 || self.error(&self.products(), m) < EXACT {
             return Ok(());
         }
         let mut groups = vec![Vec::new(); self.shared.len()];
         self.group_of.iter().enumerate().for_each(|(j, g)| groups[*g].push(j));
         self.fit_output(m)?;
-        let mut error = self.error(m);
+        let mut products = self.products();
+        let mut error = self.error(&products, m);
         for _ in 0..rounds {
-            self.fit_shared(m, &groups)?;
+            self.fit_shared(m, &groups, &products)?;
             self.fit_output(m)?;
-            let before = std::mem::replace(&mut error, self.error(m));
+            products = self.products();
+            let before = std::mem::replace(&mut error, self.error(&products, m));
             if error > 0.995 * before {
                 break;
             }

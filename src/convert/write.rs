@@ -1,9 +1,11 @@
 //! The converted checkpoint: finished layers one file each, then shards of bounded size with an index, all in a working
 //! directory beside the output that is renamed at the end.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -12,6 +14,9 @@ use serde_json::{Map, Value, json};
 use super::linalg::Rows;
 use crate::checkpoint::{Checkpoint, header};
 use crate::error::{Error, Result};
+
+/// Locked by the conversion under way, whose process it names.
+const LOCK: &str = "lock.part";
 
 /// A tensor that a conversion made.
 #[derive(Debug, Clone)]
@@ -38,32 +43,75 @@ impl Made {
     }
 }
 
-/// Removes the working directory when a conversion does not finish, unless it is to be resumed.
+/// The directory that becomes the output. It is removed when a conversion does not finish, unless it is to be resumed.
 pub struct Working {
     /// The directory.
     pub directory: PathBuf,
     keep: bool,
     done: bool,
+    /// Held while this process makes the output.
+    _lock: File,
+}
+
+/// Where `out` is made: `<out>.converting`.
+pub fn beside(out: &Path) -> PathBuf {
+    let mut name = out.file_name().unwrap_or_default().to_owned();
+    name.push(".converting");
+    out.with_file_name(name)
+}
+
+/// Removes what this process has begun to make of `out`, from whichever thread; false where something is left.
+pub fn discard(out: &Path) -> bool {
+    let directory = beside(out);
+    let ours = std::fs::read_to_string(directory.join(LOCK)).is_ok_and(|pid| pid == std::process::id().to_string());
+    // The conversion may just be making another file: again, then.
+    ours && (0..5).any(|_| std::fs::remove_dir_all(&directory).is_ok()) || !directory.exists()
 }
 
 impl Working {
-    /// `<out>.converting`, made anew, or as an interrupted run left it.
+    /// The directory beside `out`, made anew, or as an interrupted run left it.
     pub fn open(out: &Path, resume: bool) -> Result<Working> {
         if out.exists() {
             let what = "--out already exists: name a directory that does not, or remove it";
             return Err(Error::Usage(format!("{}: {what}", out.display())));
         }
-        let mut name = out.file_name().unwrap_or_default().to_owned();
-        if name.is_empty() {
+        if out.file_name().is_none() {
             return Err(Error::Usage(format!("--out {}: name a directory to be made", out.display())));
         }
-        name.push(".converting");
-        let directory = out.with_file_name(name);
-        if directory.exists() && !resume {
-            std::fs::remove_dir_all(&directory).map_err(|e| Error::io(&directory, e))?;
+        let directory = beside(out);
+        std::fs::create_dir_all(&directory).map_err(|e| io(&directory, e))?;
+        let path = directory.join(LOCK);
+        let mut lock = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(|e| io(&path, e))?;
+        // A file system without locks is no reason to refuse.
+        if let Err(std::fs::TryLockError::WouldBlock) = lock.try_lock() {
+            let what = "another conversion is making it: wait for that one, or give another --out";
+            return Err(Error::Usage(format!("{}: {what}", out.display())));
         }
-        std::fs::create_dir_all(&directory).map_err(|e| Error::io(&directory, e))?;
-        Ok(Working { directory, keep: resume, done: false })
+        let pid = std::process::id().to_string();
+        lock.set_len(0).and_then(|()| lock.write_all(pid.as_bytes())).map_err(|e| io(&path, e))?;
+        let working = Working { directory, keep: resume, done: false, _lock: lock };
+        if !resume {
+            working.empty(&path)?;
+        }
+        Ok(working)
+    }
+
+    /// Removes what an earlier run left, but the lock.
+    fn empty(&self, lock: &Path) -> Result<()> {
+        for entry in std::fs::read_dir(&self.directory).map_err(|e| io(&self.directory, e))? {
+            let path = entry.map_err(|e| io(&self.directory, e))?.path();
+            if path != lock {
+                let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+                removed.map_err(|e| io(&path, e))?;
+            }
+        }
+        Ok(())
     }
 
     /// The file of layer `i`.
@@ -73,7 +121,7 @@ impl Working {
 
     /// Gives the directory its final name.
     pub fn finish(mut self, out: &Path) -> Result<()> {
-        std::fs::rename(&self.directory, out).map_err(|e| Error::io(out, e))?;
+        std::fs::rename(&self.directory, out).map_err(|e| io(out, e))?;
         self.done = true;
         Ok(())
     }
@@ -82,18 +130,20 @@ impl Working {
 impl Drop for Working {
     fn drop(&mut self) {
         if !self.done && !self.keep {
-            // What cannot be removed is named by the error that brought us here.
+            // What cannot be removed is named by the command, which looks.
             let _ = std::fs::remove_dir_all(&self.directory);
         }
     }
 }
 
-fn io(path: &Path, e: std::io::Error) -> Error {
+/// An error of the operating system's about a file of ours, with the remedy where the disk is full.
+pub fn io(path: &Path, e: std::io::Error) -> Error {
+    use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
     match e.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Error::Io {
-            file: path.into(),
-            what: format!("{e}: nothing was written to --out; free some space or convert to another disk"),
-        },
+        StorageFull | QuotaExceeded | FileTooLarge => {
+            let what = format!("{e}: free some space there, or give an --out on another disk");
+            Error::Io { file: path.into(), what }
+        }
         _ => Error::io(path, e),
     }
 }
@@ -102,11 +152,7 @@ fn io(path: &Path, e: std::io::Error) -> Error {
 type Entry = (String, String, Vec<usize>, usize);
 
 /// Writes a safetensors file of `entries`, whose bytes `bytes(i)` gives one by one.
-fn write_file<'a>(
-    path: &Path,
-    entries: &[Entry],
-    mut bytes: impl FnMut(usize) -> Result<std::borrow::Cow<'a, [u8]>>,
-) -> Result<()> {
+fn write_file<'a>(path: &Path, entries: &[Entry], bytes: impl Fn(usize) -> Result<Cow<'a, [u8]>>) -> Result<()> {
     let mut map = Map::new();
     map.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut at = 0;
@@ -163,11 +209,12 @@ pub fn assemble(
     dropped: impl Fn(&str) -> bool,
     shard_bytes: usize,
 ) -> Result<()> {
-    let files = layers.iter().map(|p| std::fs::read(p).map_err(|e| Error::io(p, e))).collect::<Result<Vec<_>>>()?;
     let mut made = BTreeMap::new();
-    for (at, (path, bytes)) in layers.iter().zip(&files).enumerate() {
-        for tensor in header::parse(path, bytes)? {
-            made.insert(tensor.name.clone(), (at, tensor));
+    for path in layers {
+        // One layer's file in memory at a time.
+        let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
+        for tensor in header::parse(path, &bytes)? {
+            made.insert(tensor.name.clone(), (path, tensor));
         }
     }
     let mut entries: Vec<Entry> = Vec::new();
@@ -202,7 +249,7 @@ pub fn assemble(
         write_file(&path, entries, |i| {
             let name = &entries[i].0;
             match (made.get(name), source.raw(name)) {
-                (Some((at, tensor)), _) => Ok(files[*at][tensor.bytes.clone()].into()),
+                (Some((path, tensor)), _) => Ok(part(path, &tensor.bytes)?.into()),
                 (None, Some((_, _, bytes))) => Ok(bytes.into()),
                 (None, None) => Err(Error::Internal(format!("{name} vanished"))),
             }
@@ -214,6 +261,15 @@ pub fn assemble(
     }
     let index = json!({"metadata": {"total_size": total}, "weight_map": places});
     text(&directory.join("model.safetensors.index.json"), &format!("{index:#}\n"))
+}
+
+/// Some bytes of a file.
+fn part(path: &Path, bytes: &Range<usize>) -> Result<Vec<u8>> {
+    let mut out = vec![0; bytes.len()];
+    let mut file = File::open(path).map_err(|e| io(path, e))?;
+    let read = file.seek(SeekFrom::Start(bytes.start as u64)).and_then(|_| file.read_exact(&mut out));
+    read.map_err(|e| io(path, e))?;
+    Ok(out)
 }
 
 /// Writes a small file.
