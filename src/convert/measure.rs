@@ -16,6 +16,9 @@ use crate::error::{Error, Result};
 /// Widest second moment that each thread may hold a part of.
 const NARROW: usize = 1024;
 
+/// Elements of a matrix that ranks exchange at once.
+const EXCHANGED: usize = 1 << 20;
+
 /// This rank's samples at the input of one layer.
 pub struct Samples<'a> {
     /// Residual streams.
@@ -168,10 +171,21 @@ impl Samples<'_> {
         Ok(Gram { second, cross: products, mean, power })
     }
 
+    /// Sums a matrix over the ranks, many columns in one exchange.
     fn sum_matrix(&self, m: &mut Mat<f64>) -> Result<()> {
-        for c in 0..m.ncols() {
-            if let Some(column) = m.as_mut().col_mut(c).try_as_col_major_mut() {
-                self.sum(column.as_slice_mut())?;
+        if self.comm.lock().unwrap_or_else(PoisonError::into_inner).world() == 1 || m.nrows() == 0 {
+            return Ok(());
+        }
+        let together = (EXCHANGED / m.nrows()).max(1);
+        for first in (0..m.ncols()).step_by(together) {
+            let columns = first..(first + together).min(m.ncols());
+            let mut values = Vec::with_capacity(columns.len() * m.nrows());
+            for c in columns.clone() {
+                values.extend((0..m.nrows()).map(|r| m[(r, c)]));
+            }
+            self.sum(&mut values)?;
+            for (c, column) in columns.zip(values.chunks_exact(m.nrows())) {
+                column.iter().enumerate().for_each(|(r, x)| m[(r, c)] = *x);
             }
         }
         Ok(())
