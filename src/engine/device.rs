@@ -68,16 +68,6 @@ pub enum Chosen {
     Cuda(Vec<GpuInfo>),
 }
 
-impl Chosen {
-    /// The first of the host's GPUs.
-    pub fn gpu(&self) -> Option<&GpuInfo> {
-        match self {
-            Chosen::Cpu(_) => None,
-            Chosen::Cuda(gpus) => gpus.first(),
-        }
-    }
-}
-
 /// Chooses the device: GPUs where every rank has one, unless told otherwise.
 pub fn choose(options: &DeviceOptions, comm: &mut dyn Communicator) -> Result<Chosen> {
     if options.device == Device::Cpu {
