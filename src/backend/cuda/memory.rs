@@ -1,6 +1,6 @@
 //! What a rank will take of its GPU's memory, before anything is loaded.
 
-use super::context::Gpu;
+use super::context::{Gpu, GpuInfo};
 use super::step;
 use super::{CudaOptions, cache_bytes};
 use crate::backend::Budget;
@@ -8,9 +8,6 @@ use crate::cache::{BLOCK, Layout};
 use crate::config::{Attention, Mlp, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::shard::{Owned, Path};
-
-/// What kernels and graphs take from the first steps on, as seen on an H200.
-const MODULES: usize = 4 << 20;
 
 /// Allocations as the driver makes them: large ones in pages of their own, small ones side by side.
 #[derive(Default)]
@@ -47,8 +44,8 @@ impl Pages {
 }
 
 /// The bytes of `model` on one rank, from shapes alone; `taken` is what the rank has of the GPU already.
-pub fn predict(model: &ModelConfig, owned: &Owned, options: &CudaOptions, taken: usize) -> Budget {
-    let later = later(model, owned, options);
+pub fn predict(model: &ModelConfig, owned: &Owned, options: &CudaOptions, gpu: &GpuInfo, taken: usize) -> Budget {
+    let later = later(model, owned, options, gpu);
     Budget {
         weights: weights(model, owned, options),
         layers: model.layers,
@@ -148,8 +145,8 @@ fn activations(model: &ModelConfig, owned: &Owned, options: &CudaOptions) -> usi
 }
 
 /// What grows with the first steps: partial results of split attention, a decode step's logits, the experts' rows of a
-/// full step, modules.
-fn later(model: &ModelConfig, owned: &Owned, options: &CudaOptions) -> usize {
+/// full step. Kernels and graphs take next to nothing beside them.
+fn later(model: &ModelConfig, owned: &Owned, options: &CudaOptions, gpu: &GpuInfo) -> usize {
     let sequences = step::bucket(options.max_sequences);
     let width = match &model.attention {
         Attention::Latent(a) if owned.path == Path::Absorb => a.kv_rank,
@@ -157,14 +154,16 @@ fn later(model: &ModelConfig, owned: &Owned, options: &CudaOptions) -> usize {
         Attention::Grouped(a) => a.head_dim,
     };
     let mut pages = Pages::default();
-    pages.add((sequences + 4 * 132) * owned.heads.len() * (width + 1) * 4);
+    // Hopper's own kernels have one CTA a multiprocessor, the portable ones up to four.
+    let ctas = if gpu.capability == (9, 0) && width.is_multiple_of(64) { 1 } else { 4 };
+    pages.add((sequences + ctas * gpu.multiprocessors) * owned.heads.len() * (width + 1) * 4);
     pages.add(sequences * owned.vocab.len() * 4);
     if let Some(moe) = &model.moe {
         let slots = moe.top_k + usize::from(moe.shared_width > 0);
         let width = owned.shard.range(moe.width).len().max(owned.shard.range(moe.shared_width).len());
         pages.add(options.max_rows.max(sequences) * slots * (2 * width + 4 * model.hidden));
     }
-    pages.bytes() + MODULES
+    pages.bytes()
 }
 
 /// The caches of all layers, `blocks` blocks each.

@@ -689,7 +689,7 @@ impl Backend for CudaBackend {
     }
 
     fn budget(&self, model: &ModelConfig, owned: &Owned) -> Result<Option<Budget>> {
-        Ok(Some(super::predict(model, owned, &self.options, self.gpu.taken()?)))
+        Ok(Some(super::predict(model, owned, &self.options, &self.gpu.info, self.gpu.taken()?)))
     }
 
     fn budget_cache(&self, budget: &Budget, blocks: usize) -> usize {
@@ -702,7 +702,7 @@ impl Backend for CudaBackend {
     }
 
     fn fitting_blocks(&self, model: &ModelConfig, owned: &Owned, wanted: usize, utilization: f64) -> Result<usize> {
-        let budget = super::predict(model, owned, &self.options, self.gpu.taken()?);
+        let budget = super::predict(model, owned, &self.options, &self.gpu.info, self.gpu.taken()?);
         memory::blocks(&budget, &self.gpu, utilization, wanted)
     }
 
