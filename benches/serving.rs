@@ -137,12 +137,12 @@ fn refusals(address: SocketAddr) -> Result<(), Failure> {
             "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n";
         format!("{head}Authorization: Bearer {key}\r\nContent-Length: {}\r\n\r\n{body}", body.len())
     };
-    let long = format!(r#"{{"prompt": {:?}}}"#, "x ".repeat(20_000));
+    let long = format!(r#"{{"prompt": {:?}, "temperature": -1}}"#, "x ".repeat(20_000));
     let cases = [
         ("401", post("wrong", r#"{"prompt": "x"}"#)),
         ("400 not JSON", post(KEY, "{")),
         ("400 a field", post(KEY, r#"{"prompt": "x", "temperature": -1}"#)),
-        ("400 a prompt of 40 KB", post(KEY, &long)),
+        ("400 a field beside 40 KB", post(KEY, &long)),
         ("404", post(KEY, r#"{"prompt": "x", "model": "other"}"#)),
         ("413", post(KEY, "").replace("Length: 0", "Length: 99999999")),
     ];

@@ -52,6 +52,8 @@ pub async fn create(State(server): State<Shared>, Json(request): Json<ChatReques
     if request.top_logprobs.is_some_and(|t| t > 0) && !logprobs {
         return refuse("top_logprobs", "needs logprobs: true");
     }
+    let wanted = logprobs.then_some(request.top_logprobs.unwrap_or(0));
+    submit::check(&server, common, max_tokens, wanted, common.prompt_logprobs)?;
     let prompt = prompt(
         &server,
         request.messages.clone(),
@@ -62,7 +64,7 @@ pub async fn create(State(server): State<Shared>, Json(request): Json<ChatReques
     let order = Order {
         prompts: vec![prompt],
         max_tokens,
-        logprobs: logprobs.then_some(request.top_logprobs.unwrap_or(0)),
+        logprobs: wanted,
         prompt_logprobs: common.prompt_logprobs,
         offsets: vec![],
     };

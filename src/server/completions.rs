@@ -43,14 +43,17 @@ pub async fn create(
     if stream && (common.prompt_logprobs.is_some() || (echo && request.logprobs.is_some())) {
         return refuse("stream", "cannot be used with log-probabilities of the prompt");
     }
-    let prompts = prompts(&server, &request).await?;
-    let echoed: Vec<String> = if echo { prompts.iter().map(|p| text(&server, p)).collect() } else { vec![] };
     // An echoed prompt's log-probabilities come with the text's.
     let wants = if echo { request.logprobs } else { None };
+    let max_tokens = Some(request.max_tokens.unwrap_or(16));
+    let prompt_logprobs = common.prompt_logprobs.max(wants);
+    submit::check(&server, common, max_tokens, request.logprobs, prompt_logprobs)?;
+    let prompts = prompts(&server, &request).await?;
+    let echoed: Vec<String> = if echo { prompts.iter().map(|p| text(&server, p)).collect() } else { vec![] };
     let order = Order {
-        max_tokens: Some(request.max_tokens.unwrap_or(16)),
+        max_tokens,
         logprobs: request.logprobs,
-        prompt_logprobs: common.prompt_logprobs.max(wants),
+        prompt_logprobs,
         offsets: echoed.iter().map(|e| e.chars().count()).collect(),
         prompts,
     };

@@ -44,23 +44,27 @@ pub fn check_model(server: &Server, model: Option<&str>) -> Result<(), ApiError>
     }
 }
 
-/// Submits every choice of every prompt, or none.
-pub fn submit(server: &Server, common: &Common, order: &Order) -> Result<Vec<Choice>, ApiError> {
+fn at_most(param: &'static str, have: usize, most: usize) -> Result<(), ApiError> {
+    if have <= most { Ok(()) } else { Err(ApiError::field(param, format!("{param}: {have}; at most {most}"))) }
+}
+
+/// Refuses by every field but the prompt, so that no text is tokenised in vain.
+pub fn check(
+    server: &Server,
+    common: &Common,
+    max_tokens: Option<usize>,
+    logprobs: Option<usize>,
+    prompt_logprobs: Option<usize>,
+) -> Result<(), ApiError> {
     let limits = &server.limits;
-    let at_most = |param: &'static str, have: usize, most: usize| {
-        if have <= most { Ok(()) } else { Err(ApiError::field(param, format!("{param}: {have}; at most {most}"))) }
-    };
     let n = common.n.unwrap_or(1);
     if n == 0 {
         return Err(ApiError::field("n", "n: 0; at least 1"));
     }
     at_most("n", n, limits.n)?;
-    at_most("prompt", order.prompts.len(), limits.prompts)?;
-    // More than the whole queue would be refused for want of room for ever.
-    at_most("n", n * order.prompts.len(), server.engine.capacity())?;
-    at_most("logprobs", order.logprobs.unwrap_or(0), limits.logprobs)?;
-    at_most("prompt_logprobs", order.prompt_logprobs.unwrap_or(0), limits.logprobs)?;
-    at_most("max_tokens", order.max_tokens.unwrap_or(0), limits.max_tokens)?;
+    at_most("logprobs", logprobs.unwrap_or(0), limits.logprobs)?;
+    at_most("prompt_logprobs", prompt_logprobs.unwrap_or(0), limits.logprobs)?;
+    at_most("max_tokens", max_tokens.unwrap_or(0), limits.max_tokens)?;
     let stops = common.stop.as_ref().map_or(&[][..], |s| s.list());
     let stop_tokens = common.stop_token_ids.as_deref().unwrap_or(&[]);
     at_most("stop", stops.len(), limits.stops)?;
@@ -72,6 +76,27 @@ pub fn submit(server: &Server, common: &Common, order: &Order) -> Result<Vec<Cho
         at_most("stop", stop.len(), limits.stop_bytes)?;
     }
     at_most("logit_bias", common.logit_bias.as_ref().map_or(0, |b| b.len()), limits.logit_bias)?;
+    // What the engine will refuse whatever the prompt is.
+    let any = Request {
+        prompt: vec![0],
+        max_tokens: 0,
+        sampling: sampling(common)?,
+        stop_tokens: stop_tokens.to_vec(),
+        ..Request::default()
+    };
+    let info = server.engine.info();
+    Ok(any.validate(info.model.vocab, info.max_context)?)
+}
+
+/// Submits every choice of every prompt, or none. What can be is [`check`]ed already.
+pub fn submit(server: &Server, common: &Common, order: &Order) -> Result<Vec<Choice>, ApiError> {
+    let limits = &server.limits;
+    let n = common.n.unwrap_or(1);
+    at_most("prompt", order.prompts.len(), limits.prompts)?;
+    // More than the whole queue would be refused for want of room for ever.
+    at_most("n", n * order.prompts.len(), server.engine.capacity())?;
+    let stops = common.stop.as_ref().map_or(&[][..], |s| s.list());
+    let stop_tokens = common.stop_token_ids.as_deref().unwrap_or(&[]);
     let sampling = sampling(common)?;
 
     let mut choices = Vec::with_capacity(n * order.prompts.len());

@@ -71,7 +71,7 @@ expect(openai.AuthenticationError, lambda: wrong.models.list(), status_code=401)
 async def many():
     """More at once than the queue holds: refusals are rate-limit errors, and the client's retries get through."""
     impatient = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
-    patient = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=20)
+    patient = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=500)
 
     async def one(c):
         answer = await c.completions.create(model=model, prompt=PROMPT, max_tokens=200, extra_body={"ignore_eos": True})
