@@ -47,6 +47,9 @@ pub struct Part {
     pub cross: Vec<f32>,
 }
 
+/// A sample's products with itself (the lower half) and with `cross`.
+type Products = (Mat<f32>, Mat<f32>);
+
 /// Sums of products over the calibration, divided by its tokens.
 pub struct Gram {
     /// `E[x xᵀ]`
@@ -129,7 +132,7 @@ impl Samples<'_> {
             }
         };
         let room = || (Mat::<f32>::zeros(width, width), Mat::<f32>::zeros(cross, width));
-        let one = |i: usize, h: &[f32]| -> Result<(Part, Option<(Mat<f32>, Mat<f32>)>)> {
+        let one = |i: usize, h: &[f32]| -> Result<(Part, Option<Products>)> {
             let part = work(i, h)?;
             let made = narrow.then(|| {
                 let (mut own, mut with) = room();
