@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use gqla::backend::AttentionShape;
 use gqla::backend::cuda::kernels::{Source, compile, compiler_version, export, source};
 use gqla::backend::cuda::{
+    Cut,
     absorb_constants, combines_output, decode_source, expert_constants, latent_constants, prefill_constants,
     route_constants,
 };
@@ -56,6 +57,12 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
         for m in [1, 2, 4, 8, 16] {
             add(&source::GEMV, vec![("ROWS", m), ("OUT_F32", 0)]);
             add(&source::GEMV, vec![("ROWS", m), ("OUT_F32", 1)]);
+        }
+        for (n, gated, f32_out) in [(4096, 0, 0), (6144, 0, 0), (14336, 1, 0), (128256, 0, 1), (1003, 0, 1)] {
+            let cut = Cut::of(n, gated == 1, 132);
+            let (columns, passes) = (cut.columns as i64, cut.passes as i64);
+            let constants = vec![("COLUMNS", columns), ("PASSES", passes), ("GATED", gated), ("OUT_F32", f32_out)];
+            add(&source::STREAM_PRODUCT, constants);
         }
     }
     for dims in SHAPES {

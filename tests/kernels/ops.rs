@@ -79,7 +79,7 @@ fn products_of_any_number_of_rows() {
         let bias = p.random.floats(outs);
         let (wg, wc) = p.matrices(&weight, depth);
         let (bg, bc) = (p.gpu.vector(&bias).unwrap(), p.cpu.vector(&bias).unwrap());
-        for n in cases(vec![1, 2, 3, 8, 13, 16, 17, 64, 200], &[0, 2, 4, 6]) {
+        for n in cases(vec![1, 2, 3, 8, 13, 16, 17, 33, 64, 65, 200], &[0, 2, 6, 8]) {
             let spans: Vec<_> = if n <= 20 { vec![(1, 1); n] } else { vec![(n, n)] };
             let batch = p.random.batch(&spans);
             p.begin(&batch);
@@ -91,6 +91,31 @@ fn products_of_any_number_of_rows() {
                 p.gpu.linear(&wg, bg, View::new(&xg, first, depth), &mut og).unwrap();
                 p.cpu.linear(&wc, bc, View::new(&xc, first, depth), &mut oc).unwrap();
                 p.same(&format!("[{outs}, {depth}] of {n} rows from {first}"), (&og, &oc), n, BOUND);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_first_half_of_a_gated_mlp() {
+    let Some(mut p) = pair() else { return };
+    for (width, depth) in [(64, 64), (2056, 512), (1000, 1344)] {
+        let weight = p.random.floats(2 * width * depth);
+        let bias = p.random.floats(2 * width);
+        let (wg, wc) = p.matrices(&weight, depth);
+        let (bg, bc) = (p.gpu.vector(&bias).unwrap(), p.cpu.vector(&bias).unwrap());
+        for n in [1, 5, 16, 17, 40, 64, 100] {
+            let batch = p.random.batch(&[(n, n)]);
+            p.begin(&batch);
+            let x = p.random.floats(n * depth);
+            let (xg, xc) = p.tensors(&x, depth);
+            for biased in [false, true] {
+                let (mut hg, mut hc) = p.outputs(n, 2 * width);
+                let (mut og, mut oc) = p.outputs(n, width);
+                let (bg, bc) = (biased.then_some(&bg), biased.then_some(&bc));
+                p.gpu.gated(&wg, bg, View::new(&xg, 0, depth), width, &mut hg, &mut og).unwrap();
+                p.cpu.gated(&wc, bc, View::new(&xc, 0, depth), width, &mut hc, &mut oc).unwrap();
+                p.same(&format!("gated [{width}, {depth}] of {n} rows"), (&og, &oc), n, BOUND);
             }
         }
     }

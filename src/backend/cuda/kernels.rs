@@ -84,6 +84,8 @@ pub mod source {
         SILU_MUL = "silu_mul";
         /// Products of few rows.
         GEMV = "gemv" exports "GEMV_THREADS" "GEMV_SMEM";
+        /// Products of some more rows on Hopper.
+        STREAM_PRODUCT = "stream_product" exports "STREAM_THREADS" "STREAM_SMEM" on hopper;
         /// The chosen experts.
         EXPERTS = "experts" exports "UP_SMEM" "DOWN_SMEM" "EXPERTS_THREADS";
         /// The chosen experts on Hopper.

@@ -16,6 +16,7 @@ mod ops;
 mod rates;
 mod reduce;
 mod step;
+mod stream;
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -27,6 +28,7 @@ pub use experts::{Experts, Routing, expert_constants, route_constants};
 pub use load::{Matrix, Vector};
 pub use memory::predict;
 pub use ops::{absorb_constants, latent_constants};
+pub use stream::Cut;
 
 use self::attention::Attention;
 use self::context::Pinned;

@@ -11,6 +11,7 @@ use super::kernels::{Launch, arguments, source};
 use super::matmul::Product;
 use super::memory;
 use super::reduce::{self, Reduce};
+use super::stream::{self, Cut, TensorMap};
 use super::{Cache, CudaBackend, Experts, Matrix, RopeTable, Routing, Tensor, Vector, address, cache_bytes, expect};
 use crate::backend::{AttentionShape, Backend, Batch, Budget, ExpertSlices, Normed, Rates, Reduction, View};
 use crate::cache::{BLOCK, Layout};
@@ -40,6 +41,8 @@ struct SiluMul(u64, u64, i32, i32, i32);
 struct Argmax(u64, u64, u64, u64, u64, i32);
 #[repr(C)]
 struct Gemv(u64, u64, u64, u64, i32, i32, i32, i32, i32);
+#[repr(C)]
+struct StreamProduct(u64, u64, i32, i32, i32, i32);
 #[repr(C)]
 struct AbsorbProduct([u64; 6], [i32; 5]);
 #[repr(C)]
@@ -89,6 +92,9 @@ impl CudaBackend {
         if rows == 0 || weight.rows == 0 {
             return Ok(());
         }
+        if self.is_streamed(weight, x, rows) {
+            return self.stream(weight, weight.rows, bias, (x, rows), out, false, f32_out);
+        }
         if !self.is_skinny(weight, x, rows) {
             let product = Product {
                 rows,
@@ -137,6 +143,39 @@ impl CudaBackend {
     fn is_skinny(&self, weight: &Matrix, x: Operand, rows: usize) -> bool {
         let aligned = weight.cols.is_multiple_of(32) && x.stride.is_multiple_of(8) && x.at.is_multiple_of(16);
         rows <= SKINNY && self.gpu.sm() >= 90 && aligned
+    }
+
+    /// A product of some more rows by our own kernel; `gated` of half as many columns.
+    fn stream(
+        &self,
+        weight: &Matrix,
+        columns: usize,
+        bias: Option<&Vector>,
+        (x, rows): (Operand, usize),
+        out: Operand,
+        gated: bool,
+        f32_out: bool,
+    ) -> Result<()> {
+        let cut = Cut::of(columns, gated, self.gpu.info.multiprocessors);
+        let constants = [
+            ("COLUMNS", cut.columns as i64),
+            ("PASSES", cut.passes as i64),
+            ("GATED", i64::from(gated)),
+            ("OUT_F32", i64::from(f32_out)),
+        ];
+        let f = self.kernels.get(&source::STREAM_PRODUCT, "stream_product", &constants)?;
+        let [threads, shared, _] = f.exports();
+        let w = TensorMap::of(weight.memory.at(), [weight.rows, weight.cols], weight.cols, cut.columns)?;
+        let x = TensorMap::of(x.at, [rows, weight.cols], x.stride, stream::ROWS)?;
+        let bias = bias.map_or(0, |b| b.memory.at());
+        let a = StreamProduct(bias, out.at, columns as i32, weight.cols as i32, rows as i32, out.stride as i32);
+        self.kernels.launch(f, Launch::new(cut.grid, threads).shared(shared), arguments![w, x, a])
+    }
+
+    /// Whether our own kernel streams the weights of this product of more than [`SKINNY`] rows.
+    fn is_streamed(&self, weight: &Matrix, x: Operand, rows: usize) -> bool {
+        let aligned = weight.cols.is_multiple_of(8) && x.stride.is_multiple_of(8) && x.at.is_multiple_of(16);
+        rows > SKINNY && rows <= stream::ROWS && self.gpu.sm() == 90 && aligned
     }
 
     fn rows(&self) -> usize {
@@ -593,7 +632,8 @@ impl Backend for CudaBackend {
         out: &mut Tensor,
     ) -> Result<()> {
         let operand = Operand { at: address(&x), stride: x.tensor.cols };
-        if !self.is_skinny(weight, operand, self.rows()) {
+        let streamed = self.is_streamed(weight, operand, self.rows());
+        if !streamed && !self.is_skinny(weight, operand, self.rows()) {
             self.linear(weight, bias, x, gate_up)?;
             return self.silu_mul(gate_up, width, out);
         }
@@ -601,6 +641,9 @@ impl Backend for CudaBackend {
             format!("a gated [{}, {}] product into {} columns", weight.rows, weight.cols, out.cols)
         })?;
         let out = Operand { at: out.at(), stride: out.cols };
+        if streamed {
+            return self.stream(weight, width, bias, (operand, self.rows()), out, true, false);
+        }
         self.skinny("gemv_gated", weight, width, bias, (operand, self.rows()), out, false)
     }
 

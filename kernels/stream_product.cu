@@ -1,0 +1,255 @@
+// Products out = x W^T (+ bias) of 17 to 64 rows of x on Hopper: the weights stream
+// through once, at memory speed, as the columns of wgmma; the rows of x are its 64 rows.
+//
+// Every CTA has an equal share of W's rows over the whole reduction; x comes from L2.
+// (A cluster whose CTAs bring parts of x to one another was no faster on an H200.) One
+// thread keeps a ring of stages full with the tensor copy engine, weights before the
+// launch that this one depends on has ended, x after; a warpgroup multiplies.
+//
+// -D COLUMNS  W's rows of a pass, a multiple of 8; at most 256, or gated 128 (of gate and of up each)
+//    PASSES   of a CTA
+//    GATED    1: w [2 * n, k], gate rows first; out = silu(gate) * up. Default 0
+//    OUT_F32  1 for f32 output (logits). Default 0: bf16
+// stream_product: grid ceil(n / (COLUMNS * PASSES)); block STREAM_THREADS; dynamic shared memory STREAM_SMEM
+// k % 8 == 0; w, x and the strides at 16 bytes.
+
+#ifndef GATED
+#define GATED 0
+#endif
+#ifndef OUT_F32
+#define OUT_F32 0
+#endif
+
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+
+struct StreamProduct {
+  const float* bias;  // [n] (gated: [2 * n]) or null
+#if OUT_F32
+  float* out;         // row r begins at out + r * out_stride: [n]
+#else
+  u16* out;           // row r begins at out + r * out_stride: [n]
+#endif
+  int n;              // columns of the output
+  int k;              // reduction
+  int rows;           // of x, at most 64
+  int out_stride;     // elements
+};
+
+constexpr int PANEL = 64;                             // columns of the reduction: 128 bytes, wgmma's swizzle
+constexpr int TILE = COLUMNS * (GATED ? 2 : 1);       // rows of W in a pass
+constexpr int X_BYTES = 64 * 128, W_BYTES = TILE * 128;
+constexpr int PANEL_BYTES = X_BYTES + W_BYTES;
+constexpr int STREAM_ROOM = 206 * 1024;
+// Panels of a stage: as many as make it some 32 KiB, for a stage costs both sides a wait.
+constexpr int PANELS = PANEL_BYTES <= 10 * 1024 ? 4 : PANEL_BYTES <= 20 * 1024 ? 2 : 1;
+constexpr int STAGE_BYTES = PANELS * PANEL_BYTES;
+constexpr int STAGES = STREAM_ROOM / STAGE_BYTES > 12 ? 12 : STREAM_ROOM / STAGE_BYTES;
+constexpr int STREAM_THREADS = 128 + 32;
+constexpr int STREAM_SMEM = STAGES * STAGE_BYTES + 1024;
+
+static_assert(COLUMNS % 8 == 0 && TILE <= 256 && STAGES >= 2, "tiles");
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+
+DEVICE void tensor_load(u32 dst, const TensorMap& map, int col, int row, u32 bar, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
+      "[%4], %5;" ::"r"(dst),
+      "l"(&map), "r"(col), "r"(row), "r"(bar), "l"(policy)
+      : "memory");
+}
+// ---- wgmma: d[64 x 8 U] += x[64 x 16] w[8 U x 16]^T, both K-major in shared memory ----
+
+#define ACC4(i) "+f"(d[(i)]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
+#define ACC16(i) ACC4(i), ACC4((i) + 4), ACC4((i) + 8), ACC4((i) + 12)
+#define ACC64(i) ACC16(i), ACC16((i) + 16), ACC16((i) + 32), ACC16((i) + 48)
+#define LIST_0 "%0, %1, %2, %3"
+#define LIST_1 LIST_0 ", %4, %5, %6, %7"
+#define LIST_2 LIST_1 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define LIST_3 \
+  LIST_2 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LIST_4                                                                                        \
+  LIST_3 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49" \
+         ", %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA(shape, list, a, b) \
+  "wgmma.mma_async.sync.aligned.m64" shape "k16.f32.bf16.bf16 {" list "}, " a ", " b ", 1, 1, 1, 0, 0;"
+
+constexpr int SUMS = TILE / 2;  // accumulators of a thread
+// Independent sums of one output: narrow products would wait for one another.
+constexpr int CHAINS = TILE <= 32 ? 4 : TILE <= 64 ? 2 : 1;
+
+// The units (of 8 columns) from At on, in powers of two.
+template <int At, int Units>
+DEVICE void multiply(float (&d)[SUMS], u64 x, u64 w) {
+  const u64 b = w + At * 64;
+  if constexpr (Units >= 16) {
+    asm volatile(WGMMA("n128", LIST_4, "%64", "%65") : ACC64(At * 4) : "l"(x), "l"(b));
+    multiply<At + 16, Units - 16>(d, x, w);
+  } else if constexpr (Units >= 8) {
+    asm volatile(WGMMA("n64", LIST_3, "%32", "%33") : ACC16(At * 4), ACC16(At * 4 + 16) : "l"(x), "l"(b));
+    multiply<At + 8, Units - 8>(d, x, w);
+  } else if constexpr (Units >= 4) {
+    asm volatile(WGMMA("n32", LIST_2, "%16", "%17") : ACC16(At * 4) : "l"(x), "l"(b));
+    multiply<At + 4, Units - 4>(d, x, w);
+  } else if constexpr (Units >= 2) {
+    asm volatile(WGMMA("n16", LIST_1, "%8", "%9") : ACC4(At * 4), ACC4(At * 4 + 4) : "l"(x), "l"(b));
+    multiply<At + 2, Units - 2>(d, x, w);
+  } else if constexpr (Units == 1) {
+    asm volatile(WGMMA("n8", LIST_0, "%4", "%5") : ACC4(At * 4) : "l"(x), "l"(b));
+  }
+}
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// Keeps uses of the sums behind the wait for them.
+DEVICE void settle(float (&sums)[CHAINS][SUMS]) {
+#pragma unroll
+  for (int c = 0; c < CHAINS; c++) {
+    float(&d)[SUMS] = sums[c];
+#pragma unroll
+    for (int i = 0; i < SUMS; i += 4) asm volatile("" : ACC4(i)::"memory");
+  }
+}
+// K-major, 128-byte swizzle, 8-row groups 1024 bytes apart.
+DEVICE u64 matrix(u32 addr) { return (1ull << 62) | (64ull << 32) | (1ull << 16) | (u64)(addr >> 4); }
+
+DEVICE float silu(float x) { return x / (1.f + exp2_fast(-LOG2E * x)); }
+
+// The thread that loads. A stage holds x's panels, then W's.
+DEVICE void load(const TensorMap& w, const TensorMap& x, const StreamProduct& a, u32 base, u32 full, u32 empty) {
+  const u64 once = l2_evict_first(), often = l2_evict_last();
+  const int stages = ceil_div(a.k, PANEL * PANELS), all = stages * PASSES;
+  auto weights = [&](int n) {
+    const int row = (blockIdx.x * PASSES + n / stages) * COLUMNS, col = n % stages * PANEL * PANELS;
+    const u32 dst = base + n % STAGES * STAGE_BYTES + PANELS * X_BYTES, bar = full + n % STAGES * 8;
+    mbar_arrive_expect(bar, STAGE_BYTES);
+#pragma unroll
+    for (int p = 0; p < PANELS; p++) {
+      tensor_load(dst + p * W_BYTES, w, col + p * PANEL, row, bar, once);
+      if (GATED) tensor_load(dst + p * W_BYTES + COLUMNS * 128, w, col + p * PANEL, a.n + row, bar, once);
+    }
+  };
+  auto rows = [&](int n) {
+    const int col = n % stages * PANEL * PANELS;
+    const u32 dst = base + n % STAGES * STAGE_BYTES, bar = full + n % STAGES * 8;
+#pragma unroll
+    for (int p = 0; p < PANELS; p++) tensor_load(dst + p * X_BYTES, x, col + p * PANEL, 0, bar, often);
+  };
+  const int early = min(STAGES, all);
+  for (int n = 0; n < early; n++) weights(n);
+  grid_wait();
+  for (int n = 0; n < early; n++) rows(n);
+  for (int n = early; n < all; n++) {
+    mbar_wait(empty + n % STAGES * 8, (n / STAGES - 1) & 1);
+    weights(n);
+    rows(n);
+  }
+}
+
+DEVICE void store(u16* p, float v0, float v1) { *(u32*)p = pack_bf16(v0, v1); }
+DEVICE void store(float* p, float v0, float v1) { *(float2*)p = make_float2(v0, v1); }
+DEVICE void store(u16* p, float v) { *p = f32_to_bf16(v); }
+DEVICE void store(float* p, float v) { *p = v; }
+
+// A lane has two columns of every unit, in rows lane / 4 and lane / 4 + 8 of its warp's 16.
+DEVICE void write(const StreamProduct& a, const float (&d)[SUMS], int first) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+  const bool pairs = (a.n | a.out_stride) % 2 == 0;
+#pragma unroll
+  for (int u = 0; u < COLUMNS / 8; u++) {
+    const int col = first + u * 8 + lane % 4 * 2;
+    float bias[2] = {0.f, 0.f}, bias_up[2] = {0.f, 0.f};
+    if (a.bias) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if (col + i < a.n) bias[i] = a.bias[col + i];
+        if (GATED && col + i < a.n) bias_up[i] = a.bias[a.n + col + i];
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int r = row + half * 8;
+      float v[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        v[i] = d[u * 4 + half * 2 + i] + bias[i];
+        if (GATED) v[i] = silu(v[i]) * (d[(COLUMNS / 8 + u) * 4 % SUMS + half * 2 + i] + bias_up[i]);
+      }
+      if (r >= a.rows || col >= a.n) continue;
+      auto* to = a.out + (size_t)r * a.out_stride + col;
+      if (pairs) {
+        store(to, v[0], v[1]);
+      } else {
+        store(to, v[0]);
+        if (col + 1 < a.n) store(to + 1, v[1]);
+      }
+    }
+  }
+}
+
+DEVICE void compute(const StreamProduct& a, u32 base, u32 full, u32 empty) {
+  const int stages = ceil_div(a.k, PANEL * PANELS), lane = threadIdx.x % 32;
+  int n = 0;
+  auto release = [&](int stage) {
+    if (lane == 0) mbar_arrive(empty + stage % STAGES * 8);
+  };
+  for (int pass = 0; pass < PASSES; pass++) {
+    float sums[CHAINS][SUMS];
+#pragma unroll
+    for (int c = 0; c < CHAINS; c++)
+#pragma unroll
+      for (int i = 0; i < SUMS; i++) sums[c][i] = 0.f;
+    for (int i = 0; i < stages; i++, n++) {
+      mbar_wait(full + n % STAGES * 8, n / STAGES & 1);
+      const u32 at = base + n % STAGES * STAGE_BYTES;
+      wgmma_fence();
+#pragma unroll
+      for (int p = 0; p < PANELS; p++)
+#pragma unroll
+        for (int k = 0; k < PANEL / 16; k++)
+          multiply<0, TILE / 8>(sums[k % CHAINS], matrix(at + p * X_BYTES) + k * 2,
+                                matrix(at + PANELS * X_BYTES + p * W_BYTES) + k * 2);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (i > 0) release(n - 1);
+    }
+    wgmma_wait<0>();
+    settle(sums);
+    release(n - 1);
+#pragma unroll
+    for (int c = 1; c < CHAINS; c++)
+#pragma unroll
+      for (int i = 0; i < SUMS; i++) sums[0][i] += sums[c][i];
+    write(a, sums[0], (blockIdx.x * PASSES + pass) * COLUMNS);
+  }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)
+    stream_product(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const StreamProduct a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+  extern __shared__ __align__(1024) u8 stream_shared[];
+  __shared__ u64 bars[2 * STAGES];
+  const u32 base = (smem_addr(stream_shared) + 1023) / 1024 * 1024;
+  const u32 full = smem_addr(bars), empty = full + STAGES * 8;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      mbar_init(full + s * 8, 1);
+      mbar_init(empty + s * 8, 4);
+    }
+    mbar_init_fence();
+  }
+  __syncthreads();
+  grid_launch_dependents();
+  if (threadIdx.x < 128) {
+    compute(a, base, full, empty);
+  } else if (threadIdx.x == 128) {
+    load(w, x, a, base, full, empty);
+  }
+#endif
+}
