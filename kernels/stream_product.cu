@@ -1,12 +1,14 @@
 // Products out = x W^T (+ bias) of 17 to 64 rows of x on Hopper: the weights stream
-// through once, at memory speed, as the columns of wgmma; the rows of x are its 64 rows.
+// through once, at memory speed, as the columns of wgmma; the rows of x are its 64 rows,
+// of which those past ROWS hold whatever follows in shared memory and are not written.
 //
 // Every CTA has an equal share of W's rows over the whole reduction; x comes from L2.
 // (A cluster whose CTAs bring parts of x to one another was no faster on an H200.) One
 // thread keeps a ring of stages full with the tensor copy engine, weights before the
 // launch that this one depends on has ended, x after; a warpgroup multiplies.
 //
-// -D COLUMNS  W's rows of a pass, a multiple of 8; at most 256, or gated 128 (of gate and of up each)
+// -D ROWS     rows of x rounded up to 8, at most 64
+//    COLUMNS  W's rows of a pass, a multiple of 8; at most 256, or gated 128 (of gate and of up each)
 //    PASSES   of a CTA
 //    GATED    1: w [2 * n, k], gate rows first; out = silu(gate) * up. Default 0
 //    OUT_F32  1 for f32 output (logits). Default 0: bf16
@@ -33,23 +35,23 @@ struct StreamProduct {
 #endif
   int n;              // columns of the output
   int k;              // reduction
-  int rows;           // of x, at most 64
+  int rows;           // of x, at most ROWS
   int out_stride;     // elements
 };
 
 constexpr int PANEL = 64;                             // columns of the reduction: 128 bytes, wgmma's swizzle
 constexpr int TILE = COLUMNS * (GATED ? 2 : 1);       // rows of W in a pass
-constexpr int X_BYTES = 64 * 128, W_BYTES = TILE * 128;
+constexpr int X_BYTES = ROWS * 128, W_BYTES = TILE * 128;
 constexpr int PANEL_BYTES = X_BYTES + W_BYTES;
-constexpr int STREAM_ROOM = 206 * 1024;
+constexpr int STREAM_ROOM = 198 * 1024;               // wgmma reads up to 7 KiB past the last stage's x
 // Panels of a stage: as many as make it some 32 KiB, for a stage costs both sides a wait.
 constexpr int PANELS = PANEL_BYTES <= 10 * 1024 ? 4 : PANEL_BYTES <= 20 * 1024 ? 2 : 1;
 constexpr int STAGE_BYTES = PANELS * PANEL_BYTES;
 constexpr int STAGES = STREAM_ROOM / STAGE_BYTES > 12 ? 12 : STREAM_ROOM / STAGE_BYTES;
 constexpr int STREAM_THREADS = 128 + 32;
-constexpr int STREAM_SMEM = STAGES * STAGE_BYTES + 1024;
+constexpr int STREAM_SMEM = STAGES * STAGE_BYTES + 8 * 1024;
 
-static_assert(COLUMNS % 8 == 0 && TILE <= 256 && STAGES >= 2, "tiles");
+static_assert(ROWS % 8 == 0 && ROWS <= 64 && COLUMNS % 8 == 0 && TILE <= 256 && STAGES >= 2, "tiles");
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 

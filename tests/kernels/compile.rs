@@ -61,8 +61,11 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
         for (n, gated, f32_out) in [(4096, 0, 0), (6144, 0, 0), (14336, 1, 0), (128256, 0, 1), (1003, 0, 1)] {
             let cut = Cut::of(n, gated == 1, 132);
             let (columns, passes) = (cut.columns as i64, cut.passes as i64);
-            let constants = vec![("COLUMNS", columns), ("PASSES", passes), ("GATED", gated), ("OUT_F32", f32_out)];
-            add(&source::STREAM_PRODUCT, constants);
+            for rows in [24, 64] {
+                let cut = vec![("ROWS", rows), ("COLUMNS", columns), ("PASSES", passes)];
+                let constants = [cut, vec![("GATED", gated), ("OUT_F32", f32_out)]].concat();
+                add(&source::STREAM_PRODUCT, constants);
+            }
         }
     }
     for dims in SHAPES {

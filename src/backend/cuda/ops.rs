@@ -157,7 +157,9 @@ impl CudaBackend {
         f32_out: bool,
     ) -> Result<()> {
         let cut = Cut::of(columns, gated, self.gpu.info.multiprocessors);
+        let height = rows.next_multiple_of(8);
         let constants = [
+            ("ROWS", height as i64),
             ("COLUMNS", cut.columns as i64),
             ("PASSES", cut.passes as i64),
             ("GATED", i64::from(gated)),
@@ -166,7 +168,7 @@ impl CudaBackend {
         let f = self.kernels.get(&source::STREAM_PRODUCT, "stream_product", &constants)?;
         let [threads, shared, _] = f.exports();
         let w = TensorMap::of(weight.memory.at(), [weight.rows, weight.cols], weight.cols, cut.columns)?;
-        let x = TensorMap::of(x.at, [rows, weight.cols], x.stride, stream::ROWS)?;
+        let x = TensorMap::of(x.at, [rows, weight.cols], x.stride, height)?;
         let bias = bias.map_or(0, |b| b.memory.at());
         let a = StreamProduct(bias, out.at, columns as i32, weight.cols as i32, rows as i32, out.stride as i32);
         self.kernels.launch(f, Launch::new(cut.grid, threads).shared(shared), arguments![w, x, a])
