@@ -252,8 +252,9 @@ impl CudaBackend {
     fn one_shot_rows(&self, cols: usize) -> usize {
         let Some(one_shot) = &self.one_shot else { return 0 };
         let rows = one_shot.rows(cols);
-        // Beyond this a second round of messages costs less than sending everything to everyone.
-        if self.options.all_reduce == AllReduce::Auto { rows / 2 } else { rows }
+        // Beyond this a second round of messages costs less than sending everything to everyone; two ranks save nothing
+        // by one.
+        if self.options.all_reduce == AllReduce::Auto && one_shot.place().1 > 2 { rows / 2 } else { rows }
     }
 
     /// Records `body` as a graph, replays it `times` times after two to warm up, and gives the seconds of each replay:
