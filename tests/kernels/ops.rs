@@ -104,7 +104,7 @@ fn the_first_half_of_a_gated_mlp() {
         let bias = p.random.floats(2 * width);
         let (wg, wc) = p.matrices(&weight, depth);
         let (bg, bc) = (p.gpu.vector(&bias).unwrap(), p.cpu.vector(&bias).unwrap());
-        for n in [1, 5, 16, 17, 40, 64, 100] {
+        for n in cases(vec![1, 5, 16, 17, 40, 64, 100], &[1, 3, 5]) {
             let batch = p.random.batch(&[(n, n)]);
             p.begin(&batch);
             let x = p.random.floats(n * depth);
