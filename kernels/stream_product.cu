@@ -1,4 +1,4 @@
-// Products out = x W^T (+ bias) of 17 to 64 rows of x on Hopper: the weights stream
+// Products out = x W^T (+ bias) of 9 to 64 rows of x on Hopper: the weights stream
 // through once, at memory speed, as the columns of wgmma; the rows of x are its 64 rows,
 // of which those past ROWS hold whatever follows in shared memory and are not written.
 //

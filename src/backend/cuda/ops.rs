@@ -23,8 +23,10 @@ use crate::config::{ModelConfig, Moe, Rope};
 use crate::error::{Error, Result};
 use crate::model::shard::Owned;
 
-/// Rows up to which a product streams its weights through our own kernel.
+/// Rows up to which `gemv` streams a product's weights; where the shape suits it, `stream_product` takes it from more
+/// than [`FEW`] rows on.
 const SKINNY: usize = 16;
+const FEW: usize = 8;
 
 /// The kernels' parameter blocks, field by field as in `kernels/`.
 #[repr(C)]
@@ -139,7 +141,7 @@ impl CudaBackend {
         self.kernels.launch(f, Launch::new(self.gpu.info.multiprocessors, threads).shared(shared), arguments![a])
     }
 
-    /// Whether our own kernel streams this product's weights: few rows, Hopper, and vectors of 16 bytes throughout.
+    /// Whether `gemv` can take this product: few rows, Hopper, and vectors of 16 bytes throughout.
     fn is_skinny(&self, weight: &Matrix, x: Operand, rows: usize) -> bool {
         let aligned = weight.cols.is_multiple_of(32) && x.stride.is_multiple_of(8) && x.at.is_multiple_of(16);
         rows <= SKINNY && self.gpu.sm() >= 90 && aligned
@@ -174,10 +176,10 @@ impl CudaBackend {
         self.kernels.launch(f, Launch::new(cut.grid, threads).shared(shared), arguments![w, x, a])
     }
 
-    /// Whether our own kernel streams the weights of this product of more than [`SKINNY`] rows.
+    /// Whether `stream_product` takes this product.
     fn is_streamed(&self, weight: &Matrix, x: Operand, rows: usize) -> bool {
         let aligned = weight.cols.is_multiple_of(8) && x.stride.is_multiple_of(8) && x.at.is_multiple_of(16);
-        rows > SKINNY && rows <= stream::ROWS && self.gpu.sm() == 90 && aligned
+        rows > FEW && rows <= stream::ROWS && self.gpu.sm() == 90 && aligned
     }
 
     fn rows(&self) -> usize {

@@ -1,4 +1,4 @@
-//! Products of 17 to 64 rows on Hopper: how `kernels/stream_product.cu` is cut to a shape, and the tensor maps by which
+//! Products of 9 to 64 rows on Hopper: how `kernels/stream_product.cu` is cut to a shape, and the tensor maps by which
 //! the copy engine finds its matrices.
 
 use cudarc::driver::sys;
