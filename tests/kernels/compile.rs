@@ -6,8 +6,7 @@ use std::collections::BTreeSet;
 use gqla::backend::AttentionShape;
 use gqla::backend::cuda::kernels::{Source, compile, compiler_version, export, source};
 use gqla::backend::cuda::{
-    Cut,
-    absorb_constants, combines_output, decode_source, expert_constants, latent_constants, prefill_constants,
+    Cut, absorb_constants, combines_output, decode_source, expert_constants, latent_constants, prefill_constants,
     route_constants,
 };
 use gqla::config::{Moe, Scoring};
