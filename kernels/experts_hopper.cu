@@ -92,10 +92,6 @@ DEVICE void settle(float (&d)[N]) {
 // K-major, 128-byte swizzle, 8-row groups 1024 bytes apart.
 DEVICE u64 matrix(u32 addr) { return (1ull << 62) | (64ull << 32) | (1ull << 16) | (u64)(addr >> 4); }
 
-DEVICE void prefetch_bulk(const void* p, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-}
-
 // ---- this CTA's passes, in an order that all its warps repeat ----
 
 // Where the plan is: in global memory, or this CTA's copy.
