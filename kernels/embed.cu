@@ -9,7 +9,8 @@
 #endif
 
 struct Embed {
-  const int* tokens;  // [rows]
+  const int* tokens;  // [rows]; with the sign bit, a row of `chosen`
+  const int* chosen;  // tokens of the last step
   const u16* table;   // [owned, hidden]
 #if X_BF16
   u16* x;             // [rows, hidden]
@@ -25,7 +26,9 @@ extern "C" __global__ void __launch_bounds__(256) embed(const Embed a) {
   grid_launch_dependents();
   grid_wait();
   const size_t row = blockIdx.x;
-  const int local = a.tokens[row] - a.first;
+  int token = a.tokens[row];
+  if (token < 0) token = a.chosen[token & 0x7fffffff];
+  const int local = token - a.first;
   const bool mine = local >= 0 && local < a.owned;
   const u16* src = a.table + (size_t)(mine ? local : 0) * a.hidden;
 #if X_BF16

@@ -3,14 +3,14 @@
 //! the coordinator, and a rank lost before every operation. In every run: the same order of operations on every rank,
 //! one end a stream, and nobody waits for ever.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use gqla::comm::{Communicator, threads};
 use gqla::engine::coordinator::{Command, Coordinator, Job, Timing};
-use gqla::engine::message::{Message, Step};
+use gqla::engine::message::{FROM, Message, Step};
 use gqla::engine::runner::{Outputs, Run};
 use gqla::engine::scheduler::{Limits, Scheduler};
 use gqla::engine::stats::Shared;
@@ -41,6 +41,13 @@ struct Watched {
 
 impl Watched {
     fn before(&mut self, what: String) -> Result<()> {
+        self.moment()?;
+        self.log.lock().unwrap().push(what);
+        Ok(())
+    }
+
+    /// A moment at which commands arrive or the rank is lost.
+    fn moment(&mut self) -> Result<()> {
         if self.lost_at == Some(self.count) {
             return Err(Error::Interrupted);
         }
@@ -48,7 +55,6 @@ impl Watched {
             deliver(self.count);
         }
         self.count += 1;
-        self.log.lock().unwrap().push(what);
         Ok(())
     }
 }
@@ -81,6 +87,9 @@ impl Communicator for Watched {
         self.log.lock().unwrap().push(what);
         Ok(())
     }
+    fn arrived(&mut self) -> Result<bool> {
+        self.inner.arrived()
+    }
     fn barrier(&mut self) -> Result<()> {
         self.before("barrier".into())?;
         self.inner.barrier()
@@ -96,19 +105,41 @@ impl Communicator for Watched {
     }
 }
 
-/// A rank whose model is one all-reduce and one all-gather.
+/// A rank whose model is one all-reduce and one all-gather. Some of its tokens end a sequence.
 struct Rank {
     comm: Watched,
-    outputs: Outputs,
+    overlaps: bool,
+    launched: VecDeque<Vec<u32>>,
+    /// Outputs of the last step.
+    last: usize,
 }
 
 impl Run for Rank {
-    fn execute(&mut self, step: &Step) -> Result<&Outputs> {
+    fn launch(&mut self, step: &Step) -> Result<()> {
+        let named = step.tokens.iter().filter(|t| **t & FROM != 0);
+        let most = if self.overlaps { 1 } else { 0 };
+        if self.launched.len() > most || named.clone().any(|t| !self.overlaps || (t & !FROM) as usize >= self.last) {
+            return Err(Error::Internal(format!("{} steps under way, then {step:?}", self.launched.len())));
+        }
         self.comm.all_reduce(&mut vec![1.0; step.tokens.len()])?;
         let mut all = vec![0; step.outputs.len() * self.comm.world()];
         self.comm.all_gather(&vec![7; step.outputs.len()], &mut all)?;
-        self.outputs.best = vec![7; step.outputs.len()];
-        Ok(&self.outputs)
+        let end = |row: usize| (step.number as usize + row).is_multiple_of(4);
+        self.launched.push_back((0..step.outputs.len()).map(|row| if end(row) { 0 } else { 7 }).collect());
+        self.last = step.outputs.len();
+        Ok(())
+    }
+    fn collect(&mut self) -> Result<Outputs> {
+        self.comm.moment()?;
+        let tokens = self.launched.pop_front().ok_or_else(|| Error::Internal("nothing was launched".into()))?;
+        Ok(Outputs { tokens, logits: vec![] })
+    }
+    fn overlaps(&self) -> bool {
+        self.overlaps
+    }
+    fn settle(&mut self) -> Result<()> {
+        self.launched.clear();
+        Ok(())
     }
     fn comm(&mut self) -> &mut dyn Communicator {
         &mut self.comm
@@ -131,14 +162,14 @@ struct Outcome {
     results: Vec<Result<()>>,
 }
 
-/// Runs a world with a script, and `lost`: this rank is lost before its n-th operation.
-fn run(world: usize, script: &Script, lost: Option<(usize, usize)>) -> Outcome {
+/// Runs a world with a script, its steps overlapping or not, and `lost`: this rank is lost before its n-th operation.
+fn run(world: usize, overlaps: bool, script: &Script, lost: Option<(usize, usize)>) -> Outcome {
     let logs: Vec<Log> = (0..world).map(|_| Log::default()).collect();
     let mut ranks = threads::world(world).into_iter().enumerate().map(|(rank, mut end)| {
         end.set_watchdog(Duration::from_secs(20));
         let lost_at = lost.filter(|l| l.0 == rank).map(|l| l.1);
         let comm = Watched { inner: Box::new(end), log: logs[rank].clone(), count: 0, lost_at, deliver: None };
-        Rank { comm, outputs: Outputs::default() }
+        Rank { comm, overlaps, launched: VecDeque::new(), last: 0 }
     });
     let mut first = ranks.next().unwrap();
     let workers: Vec<_> = ranks
@@ -173,7 +204,7 @@ fn run(world: usize, script: &Script, lost: Option<(usize, usize)>) -> Outcome {
     first.comm.deliver = Some(Box::new(deliver));
     let limits = Limits { sequences: 2, step_tokens: 4, blocks: 8, share_prefixes: true };
     let timing = Timing { heartbeat: Duration::ZERO, grace: Duration::ZERO };
-    let coordinator = Coordinator::new(Box::new(first), Scheduler::new(limits), inbox, shared, vec![0]);
+    let coordinator = Coordinator::new(Box::new(first), Scheduler::new(limits), inbox, shared.clone(), vec![0]);
     let lead = coordinator.with_timing(timing).run();
     drop(commands);
     let mut results = vec![lead];
@@ -189,9 +220,15 @@ fn run(world: usize, script: &Script, lost: Option<(usize, usize)>) -> Outcome {
         let cancelled = script.iter().any(|(_, a)| matches!(a, Action::Cancel(_)));
         assert!(stream.is_closed() && (ends == 1 || cancelled), "a stream without an end");
     }
+    if results.iter().all(Result::is_ok) {
+        let s = shared.stats();
+        assert_eq!((s.free_blocks, s.running, s.waiting), (8, 0, 0), "{script:?}: something is held for ever");
+    }
     let logs: Vec<Vec<String>> = logs.iter().map(|l| l.lock().unwrap().clone()).collect();
-    let is_operation =
-        |entry: &&String| entry.starts_with("all-") || ["broadcast", "barrier"].contains(&entry.as_str());
+    // Rank 0 can be lost in a step's collection too.
+    let is_operation = |entry: &&String| {
+        entry.starts_with("all-") || entry.starts_with("step ") || ["broadcast", "barrier"].contains(&entry.as_str())
+    };
     Outcome { operations: logs[0].iter().filter(is_operation).count(), logs, results }
 }
 
@@ -207,7 +244,7 @@ fn act(
             streams.lock().unwrap().push(stream);
             shared.outstanding.fetch_add(1, std::sync::atomic::Ordering::AcqRel);
             // The first needs two chunks before its first token; the second decodes at once.
-            let request = Request { prompt: vec![1; if id == 1 { 6 } else { 2 }], max_tokens: 2, ..Request::default() };
+            let request = Request { prompt: vec![1; if id == 1 { 6 } else { 2 }], max_tokens: 3, ..Request::default() };
             Command::Submit(Box::new(Job { id, request, events, submitted: Instant::now(), start: Arc::default() }))
         }
         Action::Cancel(id) => Command::Cancel(id),
@@ -228,8 +265,8 @@ fn same_order(outcome: &Outcome) {
 
 /// Every script: the first request at once, the second and the cancellation of the first at all moments, then the end.
 fn scripts() -> Vec<Script> {
-    // The two requests take at most 4 steps of 3 operations when nothing overlaps; after 14 all is idle.
-    let moments = 0..14;
+    // The two requests take at most 6 steps of 4 moments; what comes after 18 finds one of them, or nothing.
+    let moments = 0..18;
     let mut all = vec![];
     for second in moments.clone() {
         for cancel in moments.clone().map(Some).chain([None]) {
@@ -238,7 +275,7 @@ fn scripts() -> Vec<Script> {
                 script.extend(cancel.map(|at| (at, Action::Cancel(victim))));
                 script.sort_by_key(|s| s.0);
                 // Draining at once, and after everything.
-                for drain in [second.max(cancel.unwrap_or(0)), 22] {
+                for drain in [second.max(cancel.unwrap_or(0)), 28] {
                     let mut script = script.clone();
                     script.push((drain, Action::Drain));
                     all.push(script);
@@ -252,33 +289,36 @@ fn scripts() -> Vec<Script> {
 #[test]
 fn every_arrival_and_cancel_keeps_the_ranks_in_step() {
     let mut seen = HashSet::new();
-    for world in [2, 3] {
+    for (world, overlaps) in [(2, false), (2, true), (3, true)] {
         for script in scripts() {
-            let outcome = run(world, &script, None);
+            let outcome = run(world, overlaps, &script, None);
             assert!(outcome.results.iter().all(Result::is_ok), "{script:?}: {:?}", outcome.results);
             same_order(&outcome);
             assert!(outcome.logs.iter().all(|l| l.len() == outcome.logs[0].len()), "{script:?}");
-            seen.insert(outcome.logs[0].clone());
+            seen.insert((overlaps, outcome.logs[0].clone()));
         }
     }
-    assert!(seen.len() > 50, "only {} different histories", seen.len());
+    for overlaps in [false, true] {
+        let histories = seen.iter().filter(|s| s.0 == overlaps).count();
+        assert!(histories > 50, "only {histories} different histories, overlapping: {overlaps}");
+    }
 }
 
 #[test]
 fn a_rank_lost_before_any_operation_ends_all_in_order() {
     let mut losses = 0;
-    for world in [2, 3] {
+    for (world, overlaps) in [(2, false), (2, true), (3, true)] {
         // A script for every history that there is; every operation of every rank.
         let mut histories = HashSet::new();
         for script in scripts() {
-            let whole = run(world, &script, None);
+            let whole = run(world, overlaps, &script, None);
             if !histories.insert(whole.logs[0].clone()) {
                 continue;
             }
             for rank in 0..world {
                 for at in 0..whole.operations {
                     let begin = Instant::now();
-                    let outcome = run(world, &script, Some((rank, at)));
+                    let outcome = run(world, overlaps, &script, Some((rank, at)));
                     same_order(&outcome);
                     let reached = matches!(outcome.results[rank], Err(Error::Interrupted));
                     losses += usize::from(reached);

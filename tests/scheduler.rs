@@ -1,6 +1,6 @@
 //! The scheduler and the coordinator without a model: blocks, prefixes, fairness and ends, under a million random steps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use gqla::cache::BLOCK;
 use gqla::comm::Communicator;
 use gqla::comm::one::OneComm;
 use gqla::engine::coordinator::{Command, Coordinator, Job};
-use gqla::engine::message::{Step, Tables};
+use gqla::engine::message::{FROM, Step, Tables};
 use gqla::engine::runner::{Outputs, Run};
 use gqla::engine::scheduler::{Limits, Plan, Scheduler};
 use gqla::engine::stats::Shared;
@@ -40,21 +40,26 @@ fn extend(hash: u64, token: u32) -> u64 {
     mix(hash ^ u64::from(token).wrapping_mul(0x2545_F491_4F6C_DD1D))
 }
 
-/// A cache that remembers what was written where, and a "model" whose next token is a hash of all before it.
+/// A cache that remembers what was written where, and a "model" whose next token is a hash of all before it. It keeps
+/// the last step's tokens for steps that name them.
 struct Device {
     tables: Tables,
     cells: Vec<u64>,
+    last: Vec<u32>,
 }
 
 impl Device {
     fn new(blocks: usize) -> Device {
-        Device { tables: Tables::default(), cells: vec![0; blocks * BLOCK] }
+        Device { tables: Tables::default(), cells: vec![0; blocks * BLOCK], last: vec![] }
     }
 
     /// Appends the step's tokens and attends: every position before a token must hold the hash of just those tokens
     /// that lead to it, which the sequence's last cell and the tokens themselves determine. Returns each output row's hash.
     fn execute(&mut self, step: &Step) -> Result<Vec<u64>> {
-        let batch = self.tables.batch(step)?;
+        let mut batch = self.tables.batch(step)?;
+        for token in batch.tokens.iter_mut().filter(|t| **t & FROM != 0) {
+            *token = self.last[(*token & !FROM) as usize];
+        }
         let mut rows = vec![0; batch.rows()];
         // All rows are written before any is read, as a layer does.
         for span in &batch.spans {
@@ -75,7 +80,9 @@ impl Device {
                 rows[span.first + span.rows - 1]
             );
         }
-        Ok(batch.outputs.iter().map(|row| rows[*row as usize]).collect())
+        let outputs: Vec<u64> = batch.outputs.iter().map(|row| rows[*row as usize]).collect();
+        self.last = outputs.iter().map(|hash| token(*hash)).collect();
+        Ok(outputs)
     }
 
     /// Whether the table `blocks` holds exactly what `hashes` (one a token) says.
@@ -92,11 +99,18 @@ struct Client {
     scored: usize,
     prompt: usize,
     generated: usize,
+    /// Tokens it may generate, as the scheduler knows.
+    most: usize,
+    /// Tokens after which it ends, as it will turn out.
     wanted: usize,
     running: bool,
 }
 
 const VOCAB: u32 = 1000;
+
+fn token(hash: u64) -> u32 {
+    (hash % u64::from(VOCAB)) as u32
+}
 
 /// The driver: random arrivals (many with common prefixes), lengths, cancels, and a cache that is too small.
 struct Drive {
@@ -104,12 +118,17 @@ struct Drive {
     limits: Limits,
     scheduler: Scheduler,
     device: Device,
+    /// Each step is planned before what the one before it gave is known.
+    overlaps: bool,
+    flying: Option<(Plan, Vec<u64>)>,
     clients: BTreeMap<u64, Client>,
     prefixes: Vec<Vec<u32>>,
     next: u64,
     shared_tokens: usize,
     ended: u64,
     cancelled: u64,
+    /// Rows that were computed for sequences that had ended.
+    dropped: u64,
 }
 
 impl Drive {
@@ -136,6 +155,9 @@ impl Drive {
             shared_tokens: 0,
             ended: 0,
             cancelled: 0,
+            dropped: 0,
+            overlaps: seed.is_multiple_of(2),
+            flying: None,
         }
     }
 
@@ -145,7 +167,8 @@ impl Drive {
         let mut prompt = self.prefixes[r.below(4)].clone();
         prompt.extend((0..1 + r.below(BLOCK)).map(|_| r.below(VOCAB as usize) as u32));
         prompt.truncate(most - 1);
-        let wanted = 1 + r.below((most - prompt.len()).min(BLOCK + 10));
+        let most = 1 + r.below((most - prompt.len()).min(BLOCK + 10));
+        let wanted = if r.below(3) == 0 { 1 + r.below(most) } else { most };
         let mut hash = 0;
         let hashes = prompt.iter().map(|t| {
             hash = extend(hash, *t);
@@ -153,22 +176,32 @@ impl Drive {
         });
         let hashes: Vec<u64> = hashes.collect();
         let all_rows = r.below(6) == 0;
-        self.scheduler.add(self.next, prompt, all_rows);
+        self.scheduler.add(self.next, prompt, most, all_rows);
         let prompt = hashes.len();
-        self.clients
-            .insert(self.next, Client { hashes, all_rows, scored: 0, prompt, generated: 0, wanted, running: false });
+        let client = Client { hashes, all_rows, scored: 0, prompt, generated: 0, most, wanted, running: false };
+        self.clients.insert(self.next, client);
         self.next += 1;
     }
 
     /// One step and all that must hold of it. False: nothing to do.
     fn step(&mut self) -> bool {
         let computed = |s: &Scheduler, id: u64| s.table(id).map_or(0, |t| t.1);
-        let decoding = self.clients.iter().filter(|c| computed(&self.scheduler, *c.0) + 1 == c.1.hashes.len());
-        let decoding: Vec<u64> = decoding.map(|c| *c.0).filter(|id| self.scheduler.table(*id).is_some()).collect();
-        let oldest = self.clients.keys().next().copied().unwrap_or(0);
-        let before = computed(&self.scheduler, oldest);
+        let flying = self.flying.as_ref().map_or(&[][..], |f| &f.0.outputs);
+        let awaited = |id: u64, c: &Client| usize::from(flying.contains(&(id, c.hashes.len() - 1)));
+        // Its last token is under way.
+        let over = |id: u64, c: &Client| awaited(id, c) == 1 && c.generated + 1 == c.most;
+        let decodes =
+            |id: u64, c: &Client| computed(&self.scheduler, id) + 1 == c.hashes.len() + awaited(id, c) && !over(id, c);
+        let decoding: Vec<u64> = self.clients.iter().filter(|(id, c)| decodes(**id, c)).map(|c| *c.0).collect();
+        let decoding: Vec<u64> = decoding.into_iter().filter(|id| self.scheduler.table(*id).is_some()).collect();
+        let oldest = self.clients.iter().next().filter(|(id, c)| !over(**id, c)).map(|c| *c.0);
+        let before = oldest.map(|id| computed(&self.scheduler, id));
         let preemptions = self.scheduler.preemptions;
         let Some(plan) = self.scheduler.plan() else {
+            if let Some((plan, hashes)) = self.flying.take() {
+                self.outputs(&plan, &hashes);
+                return true;
+            }
             assert!(self.clients.is_empty(), "{} sequences wait for ever", self.clients.len());
             return false;
         };
@@ -177,7 +210,10 @@ impl Drive {
         let slots: std::collections::BTreeSet<u32> = plan.step.spans.iter().map(|s| s.slot).collect();
         assert_eq!(slots.len(), plan.step.spans.len(), "two sequences in a slot");
         // The oldest of all advances in every step: so does everyone once, and nobody is starved.
-        assert!(computed(&self.scheduler, oldest) > before, "the oldest does not advance");
+        assert!(
+            oldest.map(|id| computed(&self.scheduler, id)) > before || oldest.is_none(),
+            "the oldest does not advance"
+        );
         for id in &plan.began {
             assert!(!std::mem::replace(&mut self.clients.get_mut(id).unwrap().running, true), "{id} begins twice");
         }
@@ -188,13 +224,22 @@ impl Drive {
             }
         }
         let hashes = self.device.execute(&plan.step).unwrap();
-        self.outputs(&plan, &hashes);
+        if let Some((plan, hashes)) = self.flying.replace((plan, hashes)) {
+            self.outputs(&plan, &hashes);
+        }
+        if let Some((plan, hashes)) = self.flying.take_if(|_| !self.overlaps) {
+            self.outputs(&plan, &hashes);
+        }
         true
     }
 
     fn outputs(&mut self, plan: &Plan, hashes: &[u64]) {
         for ((id, position), hash) in plan.outputs.iter().zip(hashes) {
-            let c = self.clients.get_mut(id).unwrap();
+            let Some(c) = self.clients.get_mut(id) else {
+                assert!(self.overlaps, "{id} has ended");
+                self.dropped += 1;
+                continue;
+            };
             assert_eq!(*hash, c.hashes[*position], "sequence {id} was computed from another's cache");
             assert!(*position <= c.scored || !c.all_rows, "{id}: a row is left out");
             c.scored = c.scored.max(*position + 1);
@@ -204,7 +249,7 @@ impl Drive {
             }
             assert!(!c.all_rows || c.scored >= c.prompt);
             c.generated += 1;
-            let token = (*hash % u64::from(VOCAB)) as u32;
+            let token = token(*hash);
             c.hashes.push(extend(*hash, token));
             if c.generated == c.wanted {
                 self.shared_tokens += self.scheduler.cached(*id);
@@ -233,7 +278,10 @@ impl Drive {
         let mut held = std::collections::BTreeSet::<u32>::new();
         for (id, c) in &self.clients {
             let Some((blocks, computed)) = self.scheduler.table(*id) else { continue };
-            assert!(self.device.holds(blocks, &c.hashes[..computed]), "the cache of {id} is not its own");
+            assert!(
+                self.device.holds(blocks, &c.hashes[..computed.min(c.hashes.len())]),
+                "the cache of {id} is not its own"
+            );
             held.extend(blocks);
         }
         let (free, total) = self.scheduler.blocks();
@@ -245,6 +293,7 @@ impl Drive {
 fn a_million_random_steps_lose_share_and_starve_nothing() {
     let wanted: u64 = 1_000_000;
     let (mut steps, mut seed, mut shared, mut preempted, mut ended, mut cancelled) = (0, 0, 0, 0, 0, 0);
+    let mut dropped = 0;
     while steps < wanted {
         seed += 1;
         let mut d = Drive::new(seed);
@@ -273,9 +322,15 @@ fn a_million_random_steps_lose_share_and_starve_nothing() {
         preempted += d.scheduler.preemptions;
         ended += d.ended;
         cancelled += d.cancelled;
+        dropped += d.dropped;
     }
-    eprintln!("{steps} steps: {ended} ended, {cancelled} cancelled, {preempted} pre-empted, {shared} tokens shared");
-    assert!(shared > 1_000_000 && preempted > 5000 && cancelled > 1000, "the driver does not reach every case");
+    eprintln!(
+        "{steps} steps: {ended} ended, {cancelled} cancelled, {preempted} pre-empted, {shared} tokens shared, {dropped} rows dropped"
+    );
+    assert!(
+        shared > 1_000_000 && preempted > 5000 && cancelled > 1000 && dropped > 1000,
+        "the driver does not reach every case"
+    );
 }
 
 fn scheduler(sequences: usize, step_tokens: usize, blocks: usize) -> Scheduler {
@@ -285,10 +340,10 @@ fn scheduler(sequences: usize, step_tokens: usize, blocks: usize) -> Scheduler {
 #[test]
 fn a_long_prompt_leaves_room_for_those_who_stream() {
     let mut s = scheduler(8, 64, 64);
-    (1..=3).for_each(|id| s.add(id, vec![id as u32; 4], false));
+    (1..=3).for_each(|id| s.add(id, vec![id as u32; 4], 1000, false));
     assert_eq!(s.plan().unwrap().step.tokens.len(), 12);
     (1..=3).for_each(|id| s.push(id, 9));
-    s.add(4, vec![7; 1000], false);
+    s.add(4, vec![7; 1000], 1000, false);
     for chunk in 0..16 {
         let plan = s.plan().unwrap();
         let rows: Vec<u32> = plan.step.spans.iter().map(|s| s.rows).collect();
@@ -302,10 +357,10 @@ fn a_long_prompt_leaves_room_for_those_who_stream() {
 fn a_common_prefix_is_computed_once() {
     let mut s = scheduler(8, 512, 64);
     let prompt: Vec<u32> = (0..200).collect();
-    s.add(1, prompt.clone(), false);
+    s.add(1, prompt.clone(), 1000, false);
     assert_eq!(s.plan().unwrap().step.tokens.len(), 200);
-    s.add(2, prompt.clone(), false);
-    s.add(3, prompt[..192].to_vec(), false);
+    s.add(2, prompt.clone(), 1000, false);
+    s.add(3, prompt[..192].to_vec(), 1000, false);
     s.push(1, 5);
     // Three full blocks are found by the second; the third must compute its last token, so it shares two.
     assert_eq!(s.plan().unwrap().step.tokens.len(), 1 + 8 + 64);
@@ -313,13 +368,13 @@ fn a_common_prefix_is_computed_once() {
     (1..=3).for_each(|id| s.remove(id));
     assert_eq!(s.blocks(), (64, 64));
     // What nobody holds is still known, until its blocks are needed.
-    s.add(4, prompt.clone(), false);
+    s.add(4, prompt.clone(), 1000, false);
     assert_eq!(s.plan().unwrap().step.tokens.len(), 8);
     s.remove(4);
-    s.add(5, (1000..1000 + 64 * 64).collect(), false);
+    s.add(5, (1000..1000 + 64 * 64).collect(), 1000, false);
     while s.plan().is_some_and(|p| p.outputs.is_empty()) {}
     s.remove(5);
-    s.add(6, prompt, false);
+    s.add(6, prompt, 1000, false);
     assert_eq!(s.plan().unwrap().step.tokens.len(), 200);
 }
 
@@ -327,7 +382,7 @@ fn a_common_prefix_is_computed_once() {
 fn the_youngest_gives_way_and_comes_back_first() {
     let mut s = scheduler(4, 512, 4);
     let prompt = |first: u32| (first..first + 64).collect::<Vec<_>>();
-    (1..=4).for_each(|id| s.add(id, prompt(100 * id as u32), false));
+    (1..=4).for_each(|id| s.add(id, prompt(100 * id as u32), 1000, false));
     assert_eq!(s.plan().unwrap().step.spans.len(), 4);
     (1..=4).for_each(|id| s.push(id, 9));
     // Every sequence needs a second block: the two youngest lose theirs.
@@ -343,13 +398,25 @@ fn the_youngest_gives_way_and_comes_back_first() {
 struct Fake {
     comm: OneComm,
     device: Device,
-    outputs: Outputs,
+    overlaps: bool,
+    launched: VecDeque<Outputs>,
 }
 
 impl Run for Fake {
-    fn execute(&mut self, step: &Step) -> Result<&Outputs> {
-        self.outputs.best = self.device.execute(step)?.iter().map(|h| (h % u64::from(VOCAB)) as u32).collect();
-        Ok(&self.outputs)
+    fn launch(&mut self, step: &Step) -> Result<()> {
+        assert!(self.launched.len() <= usize::from(self.overlaps));
+        let tokens = self.device.execute(step)?.into_iter().map(token).collect();
+        self.launched.push_back(Outputs { tokens, logits: vec![] });
+        Ok(())
+    }
+    fn collect(&mut self) -> Result<Outputs> {
+        Ok(self.launched.pop_front().expect("a step was launched"))
+    }
+    fn overlaps(&self) -> bool {
+        self.overlaps
+    }
+    fn settle(&mut self) -> Result<()> {
+        Ok(())
     }
     fn comm(&mut self) -> &mut dyn Communicator {
         &mut self.comm
@@ -367,10 +434,19 @@ impl Run for Fake {
 
 #[test]
 fn every_stream_gets_its_own_tokens_and_one_end() {
+    serve_many(false);
+}
+
+#[test]
+fn so_it_does_when_steps_overlap() {
+    serve_many(true);
+}
+
+fn serve_many(overlaps: bool) {
     let blocks = 24;
     let (commands, inbox) = crossbeam_channel::unbounded();
     let shared = Arc::new(Shared::new(blocks));
-    let fake = Fake { comm: OneComm::new(), device: Device::new(blocks), outputs: Outputs::default() };
+    let fake = Fake { comm: OneComm::new(), device: Device::new(blocks), overlaps, launched: VecDeque::new() };
     let limits = Limits { sequences: 8, step_tokens: 96, blocks, share_prefixes: true };
     let coordinator = Coordinator::new(Box::new(fake), Scheduler::new(limits), inbox, Arc::clone(&shared), vec![0]);
     let thread = std::thread::spawn(move || coordinator.run());

@@ -5,6 +5,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod draw;
 
 use std::time::Duration;
 
@@ -13,11 +14,15 @@ use crate::checkpoint::Slice;
 use crate::config::{ModelConfig, Moe, Rope};
 use crate::error::Result;
 use crate::model::shard::Owned;
+pub use draw::Draw;
+
+/// A token word with this bit names an output row of the step before: the token chosen there.
+pub const FROM: u32 = 1 << 31;
 
 /// The tokens of one step, the same on every rank. Rows of one sequence are consecutive.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
-    /// Token ids, `[rows]`.
+    /// Token ids, `[rows]`; or, where the backend [`overlaps`](Backend::overlaps) steps, [`FROM`] and a row.
     pub tokens: Vec<u32>,
     /// Position of each token in its sequence, `[rows]`.
     pub positions: Vec<u32>,
@@ -25,6 +30,8 @@ pub struct Batch {
     pub spans: Vec<Span>,
     /// Rows whose logits are wanted, ascending.
     pub outputs: Vec<u32>,
+    /// How their tokens are chosen, `[outputs]`; empty takes the largest logit of each.
+    pub draws: Vec<Draw>,
 }
 
 /// A sequence's part of a [`Batch`]. Its rows are at positions `context - rows .. context`.
@@ -354,14 +361,40 @@ pub trait Backend: Send + Sized {
     ) -> Result<()>;
     /// The rows of `x` that the batch wants logits of. `[outputs, hidden]`
     fn select_outputs(&self, x: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
-    /// Computes this rank's logits of the selected rows, `[outputs, vocab_local]`, or where `argmax` is set only what
-    /// [`read_best`](Backend::read_best) gives.
-    fn head(&mut self, head: &Self::Matrix, x: &Self::Tensor, argmax: bool) -> Result<()>;
+    /// Computes this rank's logits of the selected rows, `[outputs, vocab_local]`, or where `choose` is set only what
+    /// [`read_best`](Backend::read_best) gives, and [`read_tokens`](Backend::read_tokens) where steps overlap. `first`
+    /// is the token of row 0 of `head`.
+    fn head(&mut self, head: &Self::Matrix, x: &Self::Tensor, first: usize, choose: bool) -> Result<()>;
     /// The logits that [`head`](Backend::head) computed, f32 on the host: `[outputs, vocab_local]`.
     fn read_logits(&mut self, logits: &mut Vec<f32>) -> Result<()>;
-    /// For each selected row, the largest of this rank's logits and its local index, ties to the lower, after a
-    /// [`head`](Backend::head) with `argmax`.
+    /// For each selected row, the best score among this rank's tokens and its token, as [`Draw`] has it, after a
+    /// [`head`](Backend::head) with `choose`.
     fn read_best(&mut self, best: &mut Vec<(f32, u32)>) -> Result<()>;
+
+    // Steps that overlap.
+
+    /// Whether [`step`](Backend::step) only enqueues, choosing the tokens of all ranks on the device, so that the next
+    /// step may be begun, and name them, before anyone has read them. At most two steps are under way.
+    fn overlaps(&self) -> bool {
+        false
+    }
+    /// Waits for the last step, or with `behind` for the one before it, and gives the tokens that it chose for its first
+    /// `count` output rows.
+    fn read_tokens(&mut self, behind: bool, count: usize, tokens: &mut Vec<u32>) -> Result<()> {
+        let _ = (behind, count);
+        tokens.clear();
+        Err(crate::error::Error::Internal("this backend's steps do not overlap".into()))
+    }
+    /// On a worker: returns when everything enqueued is done or rank 0 has spoken again; an error if meanwhile the device
+    /// or another rank fails.
+    fn watch(&mut self) -> Result<()> {
+        Ok(())
+    }
+    /// For benchmarks: the device's own time of the last step, or of the one before it, once it is done.
+    fn step_time(&self, behind: bool) -> Result<Option<Duration>> {
+        let _ = behind;
+        Ok(None)
+    }
 
     /// Copies the first `rows` rows to the host as f32 (tests, hidden states).
     fn read(&self, x: &Self::Tensor, rows: usize) -> Result<Vec<f32>>;

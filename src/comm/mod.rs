@@ -10,7 +10,7 @@ pub mod mpi;
 pub mod nccl;
 pub mod one;
 pub mod one_shot;
-mod pace;
+pub(crate) mod pace;
 pub mod threads;
 #[cfg(feature = "mpi")]
 mod watch;
@@ -41,6 +41,8 @@ pub trait Communicator: Send {
     /// `message` becomes rank 0's. Workers may wait here for long: the bound is `patience`, not the watchdog
     /// (`None` waits for ever), and an idle wait sleeps.
     fn broadcast(&mut self, message: &mut Vec<u8>, patience: Option<Duration>) -> Result<()>;
+    /// On a worker, whether the next [`broadcast`](Communicator::broadcast) has something to read, an error included.
+    fn arrived(&mut self) -> Result<bool>;
     /// Returns when every rank has come.
     fn barrier(&mut self) -> Result<()>;
     /// Bounds every wait but `broadcast`'s.

@@ -540,6 +540,13 @@ impl Communicator for MpiComm {
         self.keep(done)
     }
 
+    fn arrived(&mut self) -> Result<bool> {
+        // Whoever gives up is heard in the broadcast.
+        Ok(self.lost.is_some()
+            || self.probe(Some(0), Tag::Broadcast)?.is_some()
+            || self.probe(None, Tag::GiveUp)?.is_some())
+    }
+
     fn barrier(&mut self) -> Result<()> {
         let done = self.begin(0).and_then(|()| self.exchange(Tag::Barrier, |_| (0, 0)));
         self.keep(done)

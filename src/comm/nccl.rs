@@ -27,6 +27,7 @@ functions! {
         unique_id: c"ncclGetUniqueId" fn(*mut UniqueId) -> c_int,
         init: c"ncclCommInitRank" fn(*mut *mut c_void, c_int, UniqueId, c_int) -> c_int,
         all_reduce: c"ncclAllReduce" fn(u64, u64, usize, c_int, c_int, *mut c_void, *mut c_void) -> c_int,
+        all_gather: c"ncclAllGather" fn(u64, u64, usize, c_int, *mut c_void, *mut c_void) -> c_int,
         async_error: c"ncclCommGetAsyncError" fn(*mut c_void, *mut c_int) -> c_int,
         abort: c"ncclCommAbort" fn(*mut c_void) -> c_int,
         destroy: c"ncclCommDestroy" fn(*mut c_void) -> c_int,
@@ -59,6 +60,8 @@ const IN_PROGRESS: c_int = 7;
 const SUM: c_int = 0;
 /// NCCL_WIN_COLL_SYMMETRIC: every rank's window is alike.
 const SYMMETRIC: c_int = 1;
+/// ncclUint8.
+const BYTE: c_int = 1;
 
 /// One rank's end of an NCCL communicator over the whole world, one GPU a rank.
 pub struct Nccl {
@@ -194,6 +197,13 @@ impl Nccl {
         // SAFETY: memory of `count` elements on this rank's GPU, a live communicator and stream.
         let status = unsafe { (self.end.api.all_reduce)(at, at, count, element as c_int, SUM, self.handle(), stream) };
         check(self.end.api, status, self.handle(), "all-reduce")
+    }
+
+    /// Enqueues the gathering of `bytes` bytes at `mine` from every rank, in rank order, at `all`.
+    pub(crate) fn all_gather(&self, mine: u64, all: u64, bytes: usize, stream: *mut c_void) -> Result<()> {
+        // SAFETY: memory of `bytes` and of as many for each rank on this rank's GPU, a live communicator and stream.
+        let status = unsafe { (self.end.api.all_gather)(mine, all, bytes, BYTE, self.handle(), stream) };
+        check(self.end.api, status, self.handle(), "all-gather")
     }
 
     /// An error that has come up since, in a kernel or a link; the watchdog polls it.

@@ -18,14 +18,20 @@ pub const MAX_WORLD: usize = 8;
 /// Bytes of partial sums that one call takes at most; beyond that NCCL's bandwidth counts for more than its latency.
 pub const MOST_BYTES: usize = 512 << 10;
 
+/// Rows of the exchange of tokens.
+pub const TOKEN_ROWS: usize = 4096;
+/// Bytes of a score, a token and their flags.
+const TOKEN: usize = 16;
+
 /// This rank's end.
 pub struct OneShot {
     gpu: Arc<Gpu>,
-    /// This rank's slots.
+    /// This rank's slots: of sums, then of tokens.
     _memory: Memory,
     calls: Memory,
     /// Two words that the kernels look at while they wait: leave; 1 + the rank that was waited for.
     stop: Pinned,
+    token_calls: Memory,
     /// Addresses of every rank's slots, this rank's own among them.
     slots: [u64; MAX_WORLD],
     /// Those that came through an IPC handle.
@@ -56,9 +62,11 @@ impl OneShot {
             return Ok(None);
         }
         // A word and its flag take twice the room of the data; two halves; one slot a rank.
-        let memory = Memory::new(gpu, (2 * MOST_BYTES * 2 * world).next_multiple_of(2 << 20))?;
+        let slots = sum_bytes(world) + 2 * world * TOKEN_ROWS * TOKEN;
+        let memory = Memory::new(gpu, slots.next_multiple_of(2 << 20))?;
         let calls = Memory::new(gpu, 4 * MOST_BYTES / 16)?;
         let stop = Pinned::new(gpu, 8)?;
+        let token_calls = Memory::new(gpu, 4 * TOKEN_ROWS)?;
         gpu.synchronize()?;
         let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
         // SAFETY: an out-parameter, and the base of an allocation.
@@ -76,6 +84,7 @@ impl OneShot {
             _memory: memory,
             calls,
             stop,
+            token_calls,
             slots: [0; MAX_WORLD],
             opened: vec![],
             rank,
@@ -162,10 +171,21 @@ impl OneShot {
         (self.stop.words()[1].load(Relaxed) as usize).checked_sub(1)
     }
 
+    /// Every rank's slots of tokens, `[2, world, TOKEN_ROWS]`, and the calls counted by row.
+    pub fn tokens(&self) -> ([u64; MAX_WORLD], u64) {
+        let slots = self.slots.map(|at| if at == 0 { 0 } else { at + sum_bytes(self.world) as u64 });
+        (slots, self.token_calls.at())
+    }
+
     /// This rank and the world size.
     pub fn place(&self) -> (usize, usize) {
         (self.rank, self.world)
     }
+}
+
+/// Bytes of a rank's slots of sums.
+fn sum_bytes(world: usize) -> usize {
+    2 * MOST_BYTES * 2 * world
 }
 
 impl Drop for OneShot {

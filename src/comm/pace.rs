@@ -20,7 +20,7 @@ const GAP_MOST: Duration = Duration::from_secs(1);
 
 /// What to do before looking again.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Turn {
+pub(crate) enum Turn {
     /// Look again at once.
     Spin,
     /// Let another thread run.
@@ -30,7 +30,7 @@ pub(super) enum Turn {
 }
 
 /// One wait.
-pub(super) struct Pace {
+pub(crate) struct Pace {
     spin: Duration,
     last: Instant,
     waited: Duration,
@@ -39,12 +39,12 @@ pub(super) struct Pace {
 impl Pace {
     /// A wait that begins now. `crowded`: there are more ranks than cores, so that spinning keeps the others from
     /// arriving.
-    pub(super) fn new(crowded: bool) -> Pace {
+    pub(crate) fn new(crowded: bool) -> Pace {
         Pace { spin: if crowded { Duration::ZERO } else { SPIN }, last: Instant::now(), waited: Duration::ZERO }
     }
 
     /// What to do next.
-    pub(super) fn turn(&mut self) -> Turn {
+    pub(crate) fn turn(&mut self) -> Turn {
         let now = Instant::now();
         self.waited += (now - self.last).min(GAP_MOST);
         self.last = now;
@@ -57,14 +57,23 @@ impl Pace {
         }
     }
 
+    /// Waits as [`turn`](Pace::turn) says.
+    pub(crate) fn pause(&mut self) {
+        match self.turn() {
+            Turn::Spin => std::hint::spin_loop(),
+            Turn::Yield => std::thread::yield_now(),
+            Turn::Sleep(time) => std::thread::sleep(time),
+        }
+    }
+
     /// The time waited so far, as of the last turn.
-    pub(super) fn waited(&self) -> Duration {
+    pub(crate) fn waited(&self) -> Duration {
         self.waited
     }
 }
 
 /// Whether `ranks` on this host are more than the cores that this process may use.
-pub(super) fn crowded(ranks: usize) -> bool {
+pub(crate) fn crowded(ranks: usize) -> bool {
     ranks > std::thread::available_parallelism().map_or(1, usize::from)
 }
 

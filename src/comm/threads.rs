@@ -274,6 +274,12 @@ impl Communicator for ThreadsComm {
         Ok(())
     }
 
+    fn arrived(&mut self) -> Result<bool> {
+        let s = &*self.shared;
+        let over = s.aborted.get().is_some() || s.ends[0].left.load(SeqCst);
+        Ok(over || !lock(&s.ends[self.rank].inbox).is_empty())
+    }
+
     fn barrier(&mut self) -> Result<()> {
         self.post("barrier", &[], &[])
     }

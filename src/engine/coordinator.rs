@@ -1,4 +1,8 @@
 //! Rank 0's loop: take commands, plan a step, tell the ranks, compute, sample, hand tokens out.
+//!
+//! On ranks whose steps overlap, a step is planned, told and launched while the one before it is being computed: it
+//! names that one's tokens by output row. A sequence that turns out to have ended makes a row that nobody waits for.
+//! Where rank 0 needs logits to choose, the steps follow each other.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,7 +12,8 @@ use std::time::{Duration, Instant};
 use async_channel::{Sender, TrySendError};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
-use crate::engine::message::{Message, Want};
+use crate::backend::Draw;
+use crate::engine::message::{Message, Step, Want};
 use crate::engine::request::{Event, Finished, Logprob, Reason, Request, Token};
 use crate::engine::runner::{Outputs, Run};
 use crate::engine::sampler;
@@ -76,6 +81,14 @@ struct Active {
     prompt_logprobs: Vec<Option<Logprob>>,
 }
 
+/// A step that the ranks have begun.
+struct Flight {
+    /// Whose rows its outputs are, as in [`Plan`].
+    outputs: Vec<(u64, usize)>,
+    rows: usize,
+    launched: Instant,
+}
+
 /// The loop's state.
 pub struct Coordinator {
     runner: Box<dyn Run>,
@@ -84,6 +97,10 @@ pub struct Coordinator {
     shared: Arc<Shared>,
     eos: Vec<u32>,
     active: BTreeMap<u64, Active>,
+    /// The step under way.
+    flying: Option<Flight>,
+    /// When the last step's outputs were there.
+    landed: Option<Instant>,
     message: Vec<u8>,
     /// Cut short at this moment, once draining.
     deadline: Option<Instant>,
@@ -106,6 +123,8 @@ impl Coordinator {
             shared,
             eos,
             active: BTreeMap::new(),
+            flying: None,
+            landed: None,
             message: vec![],
             deadline: None,
             timing: Timing::default(),
@@ -153,15 +172,17 @@ impl Coordinator {
             if !self.take_commands()? {
                 return Ok(());
             }
-            let Some(plan) = self.scheduler.plan() else { continue };
-            self.step(plan)?;
+            match self.scheduler.plan() {
+                Some(plan) => self.step(plan)?,
+                None => self.land()?,
+            }
         }
     }
 
     /// Takes what has come; waits while there is nothing to compute. False: it is time to stop.
     fn take_commands(&mut self) -> Result<bool> {
         loop {
-            let idle = self.active.is_empty();
+            let idle = self.active.is_empty() && self.flying.is_none();
             if self.deadline.is_some_and(|d| idle || Instant::now() >= d) {
                 return Ok(false);
             }
@@ -224,7 +245,7 @@ impl Coordinator {
             };
             return finish(&self.shared, &job, Event::Finished(done));
         }
-        self.scheduler.add(job.id, r.prompt.clone(), r.prompt_logprobs.is_some());
+        self.scheduler.add(job.id, r.prompt.clone(), r.max_tokens, r.prompt_logprobs.is_some());
         let seed = r.sampling.seed.unwrap_or_else(|| self.shared.draw_seed());
         let span = tracing::debug_span!("request", id = job.id, prompt_tokens = r.prompt.len());
         let active = Active { span, seed, tokens: 0, began: None, first_token: None, prompt_logprobs: vec![None], job };
@@ -240,35 +261,80 @@ impl Coordinator {
         self.shared.blocks(self.scheduler.blocks(), self.scheduler.counts());
     }
 
+    /// Begins a step; hands out what the one before it gave, which was computed until now.
     fn step(&mut self, plan: Plan) -> Result<()> {
-        let began = Instant::now();
-        let mut step = plan.step;
-        let greedy = |id: &u64| self.active.get(id).is_none_or(|a| a.job.request.greedy_only());
-        step.want = if plan.outputs.iter().all(|(id, _)| greedy(id)) { Want::Argmax } else { Want::Logits };
-        for id in &plan.began {
+        let Plan { mut step, outputs, began } = plan;
+        self.choose(&mut step, &outputs);
+        let overlaps = self.runner.overlaps() && step.want == Want::Tokens;
+        if !overlaps {
+            self.land()?;
+        }
+        let launched = Instant::now();
+        for id in &began {
             if let Some(active) = self.active.get_mut(id) {
-                active.began = Some(began);
+                active.began = Some(launched);
                 self.shared.began(&active.job, self.scheduler.cached(*id));
             }
         }
         let rows = step.tokens.len();
         let _span = tracing::debug_span!("step", number = step.number, rows, sequences = step.spans.len()).entered();
-        self.shared.beat_begins();
+        if self.flying.is_none() {
+            self.shared.beat_begins();
+        }
         let message = Message::Step(step);
         self.tell(&message)?;
         let Message::Step(step) = message else { return Ok(()) };
-        let mut outputs = self.runner.execute(&step)?.clone();
+        self.runner.launch(&step)?;
+        let before = self.flying.replace(Flight { outputs, rows, launched });
+        if let Some(before) = before {
+            self.collect(before)?;
+        }
+        if overlaps { Ok(()) } else { self.land() }
+    }
+
+    /// Who chooses the tokens of a step's outputs, and how.
+    fn choose(&self, step: &mut Step, outputs: &[(u64, usize)]) {
+        let device = |id: &u64| self.active.get(id).is_none_or(|a| a.job.request.device_chooses());
+        if !outputs.iter().all(|(id, _)| device(id)) {
+            step.want = Want::Logits;
+            return;
+        }
+        let draw = |&(id, position): &(u64, usize)| {
+            let Some(active) = self.active.get(&id) else { return Draw::default() };
+            let index = (position + 1).saturating_sub(active.job.request.prompt.len());
+            Draw::new(active.seed, index as u64, active.job.request.sampling.temperature)
+        };
+        let draws: Vec<Draw> = outputs.iter().map(draw).collect();
+        if draws.iter().any(|d| d.temperature > 0.0) {
+            step.draws = draws;
+        }
+    }
+
+    /// Waits for the step under way, if any, and hands out what it gave.
+    fn land(&mut self) -> Result<()> {
+        self.flying.take().map_or(Ok(()), |flight| self.collect(flight))
+    }
+
+    /// Waits for the oldest step under way and hands out what it gave.
+    fn collect(&mut self, flight: Flight) -> Result<()> {
+        let mut outputs = self.runner.collect()?;
         let reduce = self.runner.reduce_time().unwrap_or_default();
         self.shared.beat_ends();
+        if self.flying.is_some() {
+            self.shared.beat_begins();
+        }
         self.shared.blocks(self.scheduler.blocks(), self.scheduler.counts());
         // Counted before anyone hears of the tokens, so that who has heard finds them counted.
-        self.shared.stepped(rows, reduce, self.scheduler.preemptions);
-        let vocab = outputs.logits.len() / plan.outputs.len().max(1);
-        for (row, (id, position)) in plan.outputs.iter().enumerate() {
+        self.shared.stepped(flight.rows, reduce, self.scheduler.preemptions);
+        let vocab = outputs.logits.len() / flight.outputs.len().max(1);
+        for (row, (id, position)) in flight.outputs.iter().enumerate() {
             let logits = row * vocab..(row + 1) * vocab;
             self.output(*id, *position, row, logits, &mut outputs);
         }
-        self.shared.took(began.elapsed());
+        // Steps that overlap share the time: each counts from the end of the one before it.
+        let now = Instant::now();
+        let since = self.landed.replace(now).map_or(flight.launched, |before| before.max(flight.launched));
+        self.shared.took(now - since);
         Ok(())
     }
 
@@ -302,7 +368,7 @@ impl Coordinator {
         let ends = |t: u32| (!request.ignore_eos && self.eos.contains(&t)) || request.stop_tokens.contains(&t);
         let mut scored = None;
         let token = if logits.is_empty() {
-            outputs.best[row]
+            outputs.tokens[row]
         } else {
             let logits = &mut outputs.logits[logits];
             let original = request.logprobs.map(|_| logits.to_vec());

@@ -1,21 +1,24 @@
 //! What the coordinator tells the ranks: a message of fixed layout, 32-bit little-endian words.
 //!
 //! ```text
-//! magic, kind, step, want, spans, tokens, outputs
+//! magic, kind, step, want, spans, tokens, outputs, draws
 //! spans   × { slot, rows, context, keep, blocks }   then each span's block ids, in order
-//! tokens  × token id
+//! tokens  × token id, or FROM and an output row of the step before
 //! outputs × row
+//! draws   × { key (two words), temperature }
 //! ```
 
-use crate::backend::{Batch, Span};
+pub use crate::backend::FROM;
+use crate::backend::{Batch, Draw, Span};
 use crate::error::{Error, Result};
 
-const MAGIC: u32 = 0x4751_0001; // "GQ", layout 1
-const HEADER: usize = 7;
+const MAGIC: u32 = 0x4751_0002; // "GQ", layout 2
+const HEADER: usize = 8;
 const SPAN: usize = 5;
+const DRAW: usize = 3;
 
 /// One message.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Message {
     /// Compute a step.
     Step(Step),
@@ -28,15 +31,15 @@ pub enum Message {
 /// What is wanted of a step's output rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Want {
-    /// The token of the largest logit: only indices travel.
+    /// Their tokens, chosen as `draws` says: only scores and tokens travel.
     #[default]
-    Argmax,
-    /// All logits, gathered on rank 0.
+    Tokens,
+    /// All logits, gathered on rank 0, which chooses.
     Logits,
 }
 
 /// A step: whose tokens, where they go, and which rows are wanted.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Step {
     /// Counts up from 1; a gap means that a rank lost a message.
     pub number: u32,
@@ -44,10 +47,12 @@ pub struct Step {
     pub want: Want,
     /// The sequences' parts, in row order.
     pub spans: Vec<StepSpan>,
-    /// Token ids, `[rows]`.
+    /// Token ids, or [`FROM`] and an output row of the step before, `[rows]`.
     pub tokens: Vec<u32>,
     /// Rows whose result is wanted, ascending.
     pub outputs: Vec<u32>,
+    /// How the outputs' tokens are chosen, `[outputs]`; empty takes the largest logit of each.
+    pub draws: Vec<Draw>,
 }
 
 /// One sequence's part of a step. Every rank keeps a block table a slot; a step only names what changes in it.
@@ -81,10 +86,10 @@ impl Message {
         put(kind);
         put(step.number);
         put(match step.want {
-            Want::Argmax => 0,
+            Want::Tokens => 0,
             Want::Logits => 1,
         });
-        for count in [step.spans.len(), step.tokens.len(), step.outputs.len()] {
+        for count in [step.spans.len(), step.tokens.len(), step.outputs.len(), step.draws.len()] {
             put(count as u32);
         }
         for s in &step.spans {
@@ -94,6 +99,9 @@ impl Message {
         }
         let blocks = step.spans.iter().flat_map(|s| &s.blocks);
         blocks.chain(&step.tokens).chain(&step.outputs).for_each(|word| put(*word));
+        for d in &step.draws {
+            [d.key as u32, (d.key >> 32) as u32, d.temperature.to_bits()].into_iter().for_each(&mut put);
+        }
     }
 
     /// Reads what [`encode`](Message::encode) wrote; refuses anything else.
@@ -107,7 +115,7 @@ impl Message {
             return Err(bad("another version of gqla runs on rank 0"));
         }
         let want = match words[3] {
-            0 => Want::Argmax,
+            0 => Want::Tokens,
             1 => Want::Logits,
             _ => return Err(bad("unknown output")),
         };
@@ -117,7 +125,7 @@ impl Message {
             2 => {}
             _ => return Err(bad("unknown kind")),
         }
-        let (spans, tokens, outputs) = (words[4] as usize, words[5] as usize, words[6] as usize);
+        let [spans, tokens, outputs, draws] = [4, 5, 6, 7].map(|i| words[i] as usize);
         let mut rest = &words[HEADER..];
         let mut take = |count: usize| {
             let (head, tail) = rest.split_at_checked(count).ok_or_else(|| bad("truncated"))?;
@@ -132,7 +140,12 @@ impl Message {
         }
         step.tokens = take(tokens)?.to_vec();
         step.outputs = take(outputs)?.to_vec();
-        if !rest.is_empty() || step.spans.iter().map(|s| s.rows as usize).sum::<usize>() != tokens {
+        for d in take(draws.checked_mul(DRAW).ok_or_else(|| bad("truncated"))?)?.chunks_exact(DRAW) {
+            let key = u64::from(d[0]) | u64::from(d[1]) << 32;
+            step.draws.push(Draw { key, temperature: f32::from_bits(d[2]) });
+        }
+        let drawn = draws == 0 || draws == outputs;
+        if !rest.is_empty() || !drawn || step.spans.iter().map(|s| s.rows as usize).sum::<usize>() != tokens {
             return Err(bad("lengths do not add up"));
         }
         Ok(Message::Step(step))
@@ -148,7 +161,12 @@ pub struct Tables {
 impl Tables {
     /// Applies what a step changes and lays the step out as a batch.
     pub fn batch(&mut self, step: &Step) -> Result<Batch> {
-        let mut batch = Batch { tokens: step.tokens.clone(), outputs: step.outputs.clone(), ..Batch::default() };
+        let mut batch = Batch {
+            tokens: step.tokens.clone(),
+            outputs: step.outputs.clone(),
+            draws: step.draws.clone(),
+            ..Batch::default()
+        };
         for s in &step.spans {
             let slot = s.slot as usize;
             if self.slots.len() <= slot {
@@ -184,8 +202,9 @@ mod tests {
                 StepSpan { slot: 1, rows: 2, context: 66, keep: 0, blocks: vec![5, 9] },
                 StepSpan { slot: 0, rows: 1, context: 1, keep: 0, blocks: vec![3] },
             ],
-            tokens: vec![10, 11, 12],
+            tokens: vec![10, FROM | 3, 12],
             outputs: vec![1, 2],
+            draws: vec![Draw::new(1, 2, 0.7), Draw::new(3, 4, 0.0)],
         }
     }
 

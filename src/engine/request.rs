@@ -48,6 +48,13 @@ pub struct Sampling {
     pub seed: Option<u64>,
 }
 
+impl Sampling {
+    /// Whether some tokens are left out for being improbable.
+    pub fn truncates(&self) -> bool {
+        self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0
+    }
+}
+
 impl Default for Sampling {
     fn default() -> Sampling {
         Sampling {
@@ -193,10 +200,10 @@ impl Request {
         Ok(())
     }
 
-    /// Whether the largest logit alone decides, so that no logits need to travel.
-    pub fn greedy_only(&self) -> bool {
+    /// Whether seed and temperature alone decide, so that the device can choose and no logits need to travel.
+    pub fn device_chooses(&self) -> bool {
         let s = &self.sampling;
-        s.temperature == 0.0
+        (s.temperature == 0.0 || !s.truncates())
             && s.repetition_penalty == 1.0
             && s.presence_penalty == 0.0
             && s.frequency_penalty == 0.0

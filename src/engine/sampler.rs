@@ -1,25 +1,13 @@
-//! From logits to a token. A draw depends on the request's seed and the token's index alone, so a request gives the
-//! same tokens whatever else runs beside it.
+//! From logits to a token: penalties, truncation, and the choice that [`Draw`] describes among what is left. A draw
+//! depends on the request's seed and the token's index alone, so a request gives the same tokens whatever else runs
+//! beside it, and whether a rank's device chooses or rank 0 does.
 
+use crate::backend::draw::{Draw, bits};
 use crate::engine::request::{Logprob, Sampling};
 
-/// The `index`-th uniform number in [0, 1) of `seed`: SplitMix64's output function on a counter.
+/// The `index`-th uniform number in [0, 1) of `seed`.
 pub fn uniform(seed: u64, index: u64) -> f64 {
-    let mut z = seed.wrapping_add((index.wrapping_add(1)).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-}
-
-/// The largest logit's index, ties to the lower; NaN never wins.
-pub fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, l) in logits.iter().enumerate() {
-        if *l > logits[best] || logits[best].is_nan() {
-            best = i;
-        }
-    }
-    best as u32
+    (bits(seed, index) >> 11) as f64 / (1u64 << 53) as f64
 }
 
 /// Draws the next token. `logits` `[vocab]` is overwritten; `prompt` and `text` are the tokens so far; tokens in
@@ -29,20 +17,13 @@ pub fn sample(s: &Sampling, seed: u64, logits: &mut [f32], prompt: &[u32], text:
     for id in banned {
         logits[*id as usize] = f32::NEG_INFINITY;
     }
-    if s.temperature == 0.0 {
-        return argmax(logits);
+    let draw = Draw::new(seed, text.len() as u64, s.temperature);
+    if s.temperature == 0.0 || !s.truncates() {
+        return draw.best(0, logits).1;
     }
-    let mut candidates = kept(s, logits);
-    let total: f64 = candidates.iter().map(|c| c.1).sum();
-    let mut left = uniform(seed, text.len() as u64) * total;
-    let last = candidates.pop();
-    for (id, p) in candidates {
-        left -= p;
-        if left < 0.0 {
-            return id;
-        }
-    }
-    last.map_or(0, |c| c.0)
+    let score = |id: &u32| draw.score(*id, logits[*id as usize]);
+    // The most probable first: a tie goes to it.
+    kept(s, logits).into_iter().rev().max_by(|a, b| score(a).total_cmp(&score(b))).unwrap_or(0)
 }
 
 /// Logit bias and the three penalties.
@@ -68,8 +49,8 @@ fn penalise(s: &Sampling, logits: &mut [f32], prompt: &[u32], text: &[u32]) {
     }
 }
 
-/// The candidates that top-k, min-p and top-p leave, most probable first, with unnormalised probabilities.
-fn kept(s: &Sampling, logits: &[f32]) -> Vec<(u32, f64)> {
+/// The candidates that top-k, min-p and top-p leave, most probable first.
+fn kept(s: &Sampling, logits: &[f32]) -> Vec<u32> {
     let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weight = |l: f32| f64::from((l - top) / s.temperature).exp();
     // Nothing below min_p of the best survives, and without it nothing that rounds to zero beside the best.
@@ -91,7 +72,7 @@ fn kept(s: &Sampling, logits: &[f32]) -> Vec<(u32, f64)> {
         });
         candidates.truncate(enough.map_or(candidates.len(), |i| i + 1));
     }
-    candidates
+    candidates.into_iter().map(|c| c.0).collect()
 }
 
 /// The log-probability of `id` under `logits`, with the `top` best. `[vocab]`

@@ -3,12 +3,16 @@
 //! A sequence is its tokens and how many of them are in the cache. One token short of the end is decoding; more is
 //! prefill, a chunk at a time. When blocks run out the youngest sequence gives up its own and computes them again later.
 //! A sequence that begins with tokens of which full blocks are in the cache shares these and computes the rest.
+//!
+//! A step may be planned before the tokens of the one before it are known: then it names them by output row. The ranks
+//! compute steps in the order in which they were planned, so what a sequence gives back may go to others at once, even
+//! if a step that still uses it is under way: theirs comes after it.
 
 use std::collections::{HashMap, VecDeque};
 
 use crate::cache::BLOCK;
 use crate::cache::pool::{Key, Pool};
-use crate::engine::message::{Step, StepSpan};
+use crate::engine::message::{FROM, Step, StepSpan};
 
 /// Bounds of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +30,13 @@ pub struct Limits {
 #[derive(Debug)]
 struct Sequence {
     tokens: Vec<u32>,
-    /// Tokens in the cache.
+    /// Tokens there can be in all.
+    most: usize,
+    /// Planned outputs whose tokens are not known yet: they follow `tokens`.
+    awaited: usize,
+    /// Of the last of those: its row among the outputs of the step planned last.
+    row: u32,
+    /// Tokens in the cache, awaited ones among them.
     computed: usize,
     blocks: Vec<u32>,
     /// Blocks of `blocks` that the ranks know of.
@@ -45,6 +55,19 @@ struct Sequence {
 }
 
 impl Sequence {
+    /// Its tokens, those awaited among them.
+    fn length(&self) -> usize {
+        self.tokens.len() + self.awaited
+    }
+
+    /// Tokens that can be computed now: none while the last is awaited, or while more than one is.
+    fn rest(&self) -> usize {
+        if self.awaited > 1 || (self.awaited == 1 && self.length() >= self.most) {
+            return 0;
+        }
+        self.length() - self.computed
+    }
+
     /// Makes the keys of the first `full` blocks.
     fn hash_to(&mut self, full: usize) {
         for i in self.keys.len()..full {
@@ -70,7 +93,7 @@ pub struct Scheduler {
 }
 
 /// A planned step and whose rows its outputs are.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Plan {
     /// What the ranks are told.
     pub step: Step,
@@ -97,10 +120,13 @@ impl Scheduler {
         }
     }
 
-    /// Queues a sequence. `id` must be new.
-    pub fn add(&mut self, id: u64, prompt: Vec<u32>, all_rows: bool) {
+    /// Queues a sequence, which ends after `generate` tokens if not before. `id` must be new.
+    pub fn add(&mut self, id: u64, prompt: Vec<u32>, generate: usize, all_rows: bool) {
         let sequence = Sequence {
+            most: prompt.len().saturating_add(generate),
             tokens: prompt,
+            awaited: 0,
+            row: 0,
             computed: 0,
             blocks: vec![],
             told: 0,
@@ -115,10 +141,11 @@ impl Scheduler {
         self.waiting.push_back(id);
     }
 
-    /// Appends the token that the last step's output gave.
+    /// Appends the token that the oldest awaited output gave.
     pub fn push(&mut self, id: u64, token: u32) {
         if let Some(s) = self.sequences.get_mut(&id) {
             s.tokens.push(token);
+            s.awaited = s.awaited.saturating_sub(1);
         }
     }
 
@@ -132,7 +159,7 @@ impl Scheduler {
         }
     }
 
-    /// A sequence's tokens, prompt first.
+    /// A sequence's known tokens, prompt first.
     pub fn tokens(&self, id: u64) -> &[u32] {
         self.sequences.get(&id).map_or(&[], |s| &s.tokens)
     }
@@ -157,7 +184,8 @@ impl Scheduler {
         (self.pool.free(), self.pool.total())
     }
 
-    /// The next step, or `None` when there is nothing to compute. The plan counts as computed once it is returned.
+    /// The next step, or `None` when there is nothing to compute, unless it is to await tokens. The plan counts as
+    /// computed once it is returned. All tokens but those of the last plan must have been pushed.
     pub fn plan(&mut self) -> Option<Plan> {
         let mut plan = Plan::default();
         let mut budget = self.limits.step_tokens;
@@ -166,10 +194,10 @@ impl Scheduler {
         let order = self.running.clone();
         let mut decoding = order.iter().filter(|id| self.rest(**id) == 1).count();
         for id in order {
-            let Some(rest) = self.sequences.get(&id).filter(|s| s.slot.is_some()).map(|s| s.tokens.len() - s.computed)
-            else {
+            let rest = self.sequences.get(&id).filter(|s| s.slot.is_some()).map_or(0, Sequence::rest);
+            if rest == 0 {
                 continue;
-            };
+            }
             decoding -= usize::from(rest == 1);
             let share = budget.saturating_sub(decoding);
             if share > 0 && self.make_room(id, share) {
@@ -178,7 +206,7 @@ impl Scheduler {
         }
         while budget > 0 && self.running.len() < self.limits.sequences {
             let Some(id) = self.waiting.front().copied() else { break };
-            if !self.admit(id) {
+            if self.rest(id) == 0 || !self.admit(id) {
                 break;
             }
             self.waiting.pop_front();
@@ -194,9 +222,9 @@ impl Scheduler {
         Some(plan)
     }
 
-    /// Tokens of a sequence that are not in the cache.
+    /// Tokens of a sequence that can be computed now.
     fn rest(&self, id: u64) -> usize {
-        self.sequences.get(&id).map_or(0, |s| s.tokens.len() - s.computed)
+        self.sequences.get(&id).map_or(0, Sequence::rest)
     }
 
     /// Gives the first who waits a slot and the blocks of its prefix that are in the cache; false when the rest does not
@@ -204,10 +232,10 @@ impl Scheduler {
     fn admit(&mut self, id: u64) -> bool {
         let Some(s) = self.sequences.get_mut(&id) else { return false };
         // One token at least is computed, for its output. Log-probabilities need the rows of all.
-        let full = if s.all_rows || !self.limits.share_prefixes { 0 } else { (s.tokens.len() - 1) / BLOCK };
+        let full = if s.all_rows || !self.limits.share_prefixes { 0 } else { (s.length() - 1) / BLOCK };
         s.hash_to(full);
         let (found, idle) = self.pool.find(&s.keys[..full]);
-        if s.tokens.len().div_ceil(BLOCK) - found > self.pool.free() - idle {
+        if s.length().div_ceil(BLOCK) - found > self.pool.free() - idle {
             return false;
         }
         s.blocks = self.pool.share(&s.keys[..found]);
@@ -224,7 +252,7 @@ impl Scheduler {
         }
         for id in &self.running {
             let Some(s) = self.sequences.get_mut(id) else { continue };
-            let full = s.computed / BLOCK;
+            let full = s.computed.min(s.tokens.len()) / BLOCK;
             if full > s.known {
                 s.hash_to(full);
                 for i in s.known..full {
@@ -239,7 +267,7 @@ impl Scheduler {
     fn make_room(&mut self, id: u64, budget: usize) -> bool {
         loop {
             let Some(s) = self.sequences.get(&id) else { return false };
-            let end = s.computed + (s.tokens.len() - s.computed).min(budget);
+            let end = s.computed + s.rest().min(budget);
             if end.div_ceil(BLOCK) <= s.blocks.len() + self.pool.free() {
                 return true;
             }
@@ -265,7 +293,7 @@ impl Scheduler {
     /// Adds the next chunk of `id` to the plan and returns its rows. There is room for it.
     fn schedule(&mut self, id: u64, budget: usize, plan: &mut Plan) -> usize {
         let Some(s) = self.sequences.get_mut(&id) else { return 0 };
-        let rows = (s.tokens.len() - s.computed).min(budget);
+        let rows = s.rest().min(budget);
         let end = s.computed + rows;
         let missing = end.div_ceil(BLOCK).saturating_sub(s.blocks.len());
         let Some(taken) = self.pool.take(missing) else { return 0 };
@@ -281,10 +309,14 @@ impl Scheduler {
             keep: s.told as u32,
             blocks: s.blocks[s.told..].to_vec(),
         });
-        plan.step.tokens.extend(&s.tokens[s.computed..end]);
+        let known = s.tokens.len();
+        plan.step.tokens.extend(&s.tokens[s.computed.min(known)..end.min(known)]);
+        if end > known {
+            plan.step.tokens.push(FROM | s.row);
+        }
         let wanted = if s.all_rows {
             s.computed..end
-        } else if end == s.tokens.len() {
+        } else if end == s.length() {
             end - 1..end
         } else {
             end..end
@@ -292,6 +324,10 @@ impl Scheduler {
         for position in wanted {
             plan.step.outputs.push((first + position - s.computed) as u32);
             plan.outputs.push((id, position));
+        }
+        if end == s.length() {
+            s.awaited += 1;
+            s.row = plan.outputs.len() as u32 - 1;
         }
         (s.computed, s.told) = (end, s.blocks.len());
         rows

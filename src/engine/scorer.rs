@@ -71,13 +71,34 @@ impl Scorer {
     }
 
     /// Runs one step of the caller's making on all ranks; its number is set here.
-    pub fn step(&mut self, mut step: Step) -> Result<&Outputs> {
+    fn step(&mut self, step: Step) -> Result<Outputs> {
+        self.launch(step)?;
+        self.collect()
+    }
+
+    /// Begins a step of the caller's making on all ranks; its number is set here.
+    pub fn launch(&mut self, mut step: Step) -> Result<()> {
         self.number = self.number.wrapping_add(1);
         step.number = self.number;
         match self.tell(Message::Step(step))? {
-            Message::Step(step) => self.runner.execute(&step),
+            Message::Step(step) => self.runner.launch(&step),
             _ => Err(Error::Internal("a step is a step".into())),
         }
+    }
+
+    /// What the oldest step that has not been collected gave.
+    pub fn collect(&mut self) -> Result<Outputs> {
+        self.runner.collect()
+    }
+
+    /// Whether a step may be launched before the one before it is collected.
+    pub fn overlaps(&self) -> bool {
+        self.runner.overlaps()
+    }
+
+    /// The device's own time of the step collected last, where it keeps one.
+    pub fn step_time(&mut self) -> Result<Option<Duration>> {
+        self.runner.step_time()
     }
 
     /// Time spent in all-reduces since the last call.

@@ -23,7 +23,8 @@ pub fn serve(runner: &mut dyn Run, patience: Duration) -> Result<()> {
                     let what = format!("expected step {number} and got step {}", step.number);
                     return Err(Error::Rank { rank, what });
                 }
-                runner.execute(&step)?;
+                runner.launch(&step)?;
+                runner.settle()?;
             }
         }
     }

@@ -167,15 +167,16 @@ impl<B: Backend> Model<B> {
     }
 
     /// Runs one step: embed, layers, last norm, and the head over the batch's wanted rows, for [`logits`](Model::logits)
-    /// or, where `argmax` is set, for [`argmax`](Model::argmax).
-    pub fn forward(&mut self, b: &mut B, batch: &Batch, argmax: bool) -> Result<()> {
-        b.step(u32::from(argmax), batch, |b| {
+    /// or, where `choose` is set, for [`best`](Model::best).
+    pub fn forward(&mut self, b: &mut B, batch: &Batch, choose: bool) -> Result<()> {
+        let first = self.owned.vocab.start;
+        b.step(u32::from(choose), batch, |b| {
             self.embed(b)?;
             for i in 0..self.layers.len() {
                 self.layer(b, i)?;
             }
             b.select_outputs(&self.act.h, &mut self.act.selected)?;
-            b.head(self.head.as_ref().unwrap_or(&self.embedding), &self.act.selected, argmax)
+            b.head(self.head.as_ref().unwrap_or(&self.embedding), &self.act.selected, first, choose)
         })
     }
 
@@ -269,8 +270,8 @@ impl<B: Backend> Model<B> {
         b.read_logits(logits)
     }
 
-    /// The largest of this rank's logits of each selected row, and its local index.
-    pub fn argmax(&mut self, b: &mut B, best: &mut Vec<(f32, u32)>) -> Result<()> {
+    /// The best score among this rank's tokens for each selected row, and its token.
+    pub fn best(&mut self, b: &mut B, best: &mut Vec<(f32, u32)>) -> Result<()> {
         b.read_best(best)
     }
 

@@ -158,7 +158,7 @@ fn the_head_selects_multiplies_and_ranks() {
     let mut selected = b.tensor(4, hidden).unwrap();
     b.select_outputs(&tensor(&b, &x, hidden), &mut selected).unwrap();
     let (mut logits, mut best) = (vec![9.0; 5], vec![(0.0, 7); 9]);
-    b.head(&head, &selected, true).unwrap();
+    b.head(&head, &selected, 1000, true).unwrap();
     b.read_logits(&mut logits).unwrap();
     b.read_best(&mut best).unwrap();
     let want: Vec<f64> = [1, 4, 8]
@@ -168,9 +168,9 @@ fn the_head_selects_multiplies_and_ranks() {
         .collect();
     close(&logits, &want, 1e-6);
     assert_eq!(best.len(), 3);
-    assert_eq!(best[0].1, 37);
+    assert_eq!(best[0].1, 1037);
     for (best, logits) in best.iter().zip(logits.chunks(vocab)) {
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        assert_eq!(*best, (largest, logits.iter().position(|&l| l == largest).unwrap() as u32));
+        assert_eq!(*best, (largest, 1000 + logits.iter().position(|&l| l == largest).unwrap() as u32));
     }
 }

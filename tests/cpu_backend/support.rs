@@ -85,6 +85,9 @@ impl Communicator for Claimed {
     fn broadcast(&mut self, _: &mut Vec<u8>, _: Option<Duration>) -> Result<()> {
         Ok(())
     }
+    fn arrived(&mut self) -> Result<bool> {
+        Ok(true)
+    }
     fn barrier(&mut self) -> Result<()> {
         Ok(())
     }
@@ -114,7 +117,7 @@ pub fn variants() -> Vec<CpuBackend> {
 /// A sequence of its own for each of `rows` rows.
 pub fn rows(n: usize) -> Batch {
     let spans = (0..n).map(|first| Span { first, rows: 1, context: 1, blocks: vec![0] }).collect();
-    Batch { tokens: vec![0; n], positions: vec![0; n], spans, outputs: vec![] }
+    Batch { tokens: vec![0; n], positions: vec![0; n], spans, ..Batch::default() }
 }
 
 /// Rows of sequences: `(rows, context, blocks)` each.

@@ -35,7 +35,7 @@ fn steps(last: &Batch) -> Vec<Batch> {
             let context = from + rows;
             let span = Span { first: 0, rows, context, blocks: span.blocks.clone() };
             let positions = (from..context).map(|p| p as u32).collect();
-            steps.push(Batch { tokens: vec![0; rows], positions, spans: vec![span], outputs: vec![] });
+            steps.push(Batch { tokens: vec![0; rows], positions, spans: vec![span], ..Batch::default() });
         }
     }
     steps.push(last.clone());

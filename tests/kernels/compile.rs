@@ -41,7 +41,7 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
     let mut add = |s: &Source, constants: Constants| {
         jobs.insert((s.name, constants));
     };
-    for s in [source::SPLIT_PLAN, source::ABSORB_PLAN, source::SELECT_ROWS, source::SILU_MUL, source::ARGMAX] {
+    for s in [source::SPLIT_PLAN, source::ABSORB_PLAN, source::SELECT_ROWS, source::SILU_MUL, source::CHOOSE] {
         add(&s, vec![]);
     }
     for s in [source::EMBED, source::DUMMY_WEIGHTS, source::EXPERTS_TILE] {

@@ -1,11 +1,11 @@
 //! The engine on GPUs, from tokens to text: perplexity, greedy text, several ranks.
 
-use gqla::backend::cuda::available;
+use gqla::backend::cuda::{AllReduce, available};
 use gqla::comm::one::OneComm;
 use gqla::engine::device::Device;
 use gqla::engine::scorer::Scorer;
 use gqla::engine::setup::Config;
-use gqla::engine::{Engine, Event, Request};
+use gqla::engine::{Engine, Event, Request, Sampling};
 use gqla::model::shard::Path;
 
 #[path = "../common/model.rs"]
@@ -117,15 +117,15 @@ fn logits_of_real_head_sizes_are_within_2_percent_of_the_references() {
     }
 }
 
-/// Greedy continuations of all prompts at once, on `world` ranks.
-fn greedy(name: &str, path: Path, world: usize, share: bool) -> Vec<Vec<u64>> {
-    let mut config = config(name, path);
-    config.device.share_gpus = share;
+/// Continuations of all of `name`'s prompts at once, on `world` ranks, each with a seed of its own.
+fn continued(name: &str, config: Config, world: usize, like: &Request) -> Vec<Vec<u64>> {
     let engine = Engine::start_threads(config, world).unwrap();
     let streams: Vec<_> = common::lists(&common::golden(name)["prompts"])
         .into_iter()
-        .map(|prompt| {
-            let request = Request { prompt, max_tokens: 48, ignore_eos: true, ..Request::default() };
+        .enumerate()
+        .map(|(i, prompt)| {
+            let mut request = Request { prompt, max_tokens: 48, ignore_eos: true, ..like.clone() };
+            request.sampling.seed = Some(7 + i as u64);
             engine.try_submit(request).unwrap()
         })
         .collect();
@@ -156,8 +156,15 @@ fn greedy_text_is_float32s_on_both_paths_and_at_every_world_size() {
     for (name, path) in [("tiny-glm-gqla", Path::Gqa), ("tiny-glm-gqla", Path::Absorb), ("tiny-llama-gqa", Path::Gqa)] {
         let golden = common::golden(name);
         let mut alone = vec![];
-        for (world, share) in [(1, false), (2, gpus < 2), (4, true), (8, true)] {
-            let all = greedy(name, path, world, share);
+        let mut ways: Vec<_> =
+            [(1, false), (2, gpus < 2), (4, true), (8, true)].map(|(w, share)| (w, share, AllReduce::Auto)).into();
+        if gpus >= 2 {
+            ways.extend([(2, false, AllReduce::Nccl), (2, false, AllReduce::OneShot)]);
+        }
+        for (world, share, all_reduce) in ways {
+            let mut config = config(name, path);
+            (config.device.share_gpus, config.device.all_reduce) = (share, all_reduce);
+            let all = continued(name, config, world, &Request::default());
             let (mut same, mut sure, mut whole) = (0, 0, 0);
             for (i, tokens) in all.iter().enumerate() {
                 let theirs = &golden["greedy"][i];
@@ -166,7 +173,11 @@ fn greedy_text_is_float32s_on_both_paths_and_at_every_world_size() {
                 let upto = margins.iter().position(|m| *m < 0.25).unwrap_or(margins.len());
                 let upto = upto.min(expected.len()).min(tokens.len());
                 assert_eq!(tokens.len(), 48);
-                assert_eq!(tokens[..upto], expected[..upto], "{name}, {path} path, {world} ranks, prompt {i}");
+                assert_eq!(
+                    tokens[..upto],
+                    expected[..upto],
+                    "{name}, {path} path, {world} ranks, {all_reduce:?}, prompt {i}"
+                );
                 sure += upto;
                 whole += tokens.len();
                 same += alone
@@ -180,5 +191,32 @@ fn greedy_text_is_float32s_on_both_paths_and_at_every_world_size() {
                 alone = all;
             }
         }
+    }
+}
+
+#[test]
+fn the_gpus_choose_what_the_host_would() {
+    let gpus = match available() {
+        Ok(gpus) => gpus.len(),
+        Err(e) => return eprintln!("NOT RUN for lack of a GPU: {e}"),
+    };
+    let name = "tiny-glm-gqla";
+    let sampling = Sampling { temperature: 0.9, ..Sampling::default() };
+    let by_gpu = Request { sampling, ..Request::default() };
+    // Log-probabilities bring the logits to rank 0, which then chooses.
+    let by_host = Request { logprobs: Some(0), ..by_gpu.clone() };
+    let mut ways = vec![(1, AllReduce::Auto)];
+    if gpus >= 2 {
+        ways.extend([(2, AllReduce::Nccl), (2, AllReduce::OneShot)]);
+    }
+    for (world, all_reduce) in ways {
+        let mut config = config(name, Path::Gqa);
+        config.device.all_reduce = all_reduce;
+        let chosen = continued(name, config.clone(), world, &by_gpu);
+        let again = continued(name, config.clone(), world, &by_gpu);
+        let host = continued(name, config, world, &by_host);
+        assert_eq!(chosen, again, "{world} ranks, {all_reduce:?}");
+        assert_eq!(chosen, host, "{world} ranks, {all_reduce:?}");
+        assert!(chosen.windows(2).any(|w| w[0] != w[1]) && chosen.iter().all(|c| c.len() == 48));
     }
 }

@@ -112,7 +112,7 @@ fn steps_of_checkpoints_agree_with_the_cpu_and_recorded_ones_with_those_that_ran
             rows_close(&what, &e, &c, vocab, 0.06, part);
             // Padding rows are not in the way: the same kernels, the same bits.
             rows_close(&format!("{what}, recorded"), &g, &e, vocab, 0.02, 0.9);
-            on_plain.argmax(&mut plain, &mut best).unwrap();
+            on_plain.best(&mut plain, &mut best).unwrap();
             for (row, best) in c.chunks(on_cpu.config.vocab).zip(&best) {
                 rows += 1;
                 let top = row.iter().fold(f32::MIN, |a, &b| a.max(b));

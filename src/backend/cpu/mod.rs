@@ -27,7 +27,7 @@ use self::buffer::Shared;
 use self::linear::{Input, Outputs, Product, local_segments};
 use self::moe::Mlps;
 use self::simd::Isa;
-use crate::backend::{AttentionShape, Backend, Batch, ExpertSlices, Normed, Reduction, View};
+use crate::backend::{AttentionShape, Backend, Batch, Draw, ExpertSlices, Normed, Reduction, View};
 use crate::cache::{BLOCK, Layout};
 use crate::checkpoint::Slice;
 use crate::comm::Communicator;
@@ -92,6 +92,8 @@ pub struct CpuBackend {
     /// Of the last head, `[outputs, vocab]`.
     logits: Vec<f32>,
     vocab: usize,
+    /// The token of its first column.
+    first: usize,
     reducing: Duration,
 }
 
@@ -111,6 +113,7 @@ impl CpuBackend {
             hold: Vec::new(),
             logits: Vec::new(),
             vocab: 0,
+            first: 0,
             reducing: Duration::ZERO,
         })
     }
@@ -501,14 +504,14 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn head(&mut self, head: &Matrix, x: &Tensor, _argmax: bool) -> Result<()> {
+    fn head(&mut self, head: &Matrix, x: &Tensor, first: usize, _choose: bool) -> Result<()> {
         let rows = self.batch.outputs.len();
         assert!(head.cols() == x.cols() && rows <= x.rows());
         let mut logits = std::mem::take(&mut self.logits);
         logits.resize(rows * head.rows(), 0.0);
         self.product(head, None, (x.data(), x.cols(), 0), rows, &mut logits, head.rows());
         self.logits = logits;
-        self.vocab = head.rows();
+        (self.vocab, self.first) = (head.rows(), first);
         Ok(())
     }
 
@@ -519,7 +522,9 @@ impl Backend for CpuBackend {
 
     fn read_best(&mut self, best: &mut Vec<(f32, u32)>) -> Result<()> {
         best.clear();
-        best.extend(self.logits.chunks(self.vocab.max(1)).map(ops::argmax));
+        let draws = self.batch.draws.iter().copied().chain(std::iter::repeat(Draw::default()));
+        let rows = self.logits.chunks(self.vocab.max(1)).zip(draws);
+        best.extend(rows.map(|(logits, draw)| draw.best(self.first as u32, logits)));
         Ok(())
     }
 

@@ -129,17 +129,6 @@ unsafe fn store<S: Simd>(s: S, x: &mut [f32], i: usize, v: S::V) {
     }
 }
 
-/// The largest value and its index, ties to the lower.
-pub(super) fn argmax(values: &[f32]) -> (f32, u32) {
-    let mut best = (f32::NEG_INFINITY, 0);
-    for (i, &v) in values.iter().enumerate() {
-        if v > best.0 {
-            best = (v, i as u32);
-        }
-    }
-    best
-}
-
 /// Bytes a second that `threads` threads read from a buffer of `bytes` (take several times the last-level cache):
 /// the best of five passes. The yardstick of batch-1 decoding.
 pub fn read_bandwidth(threads: usize, bytes: usize) -> Result<f64> {

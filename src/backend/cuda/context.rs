@@ -272,9 +272,17 @@ unsafe impl Send for Event {}
 
 impl Event {
     pub fn new(gpu: &Arc<Gpu>) -> Result<Event> {
+        Event::with(gpu, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32)
+    }
+
+    /// One that time can be measured between.
+    pub fn timed(gpu: &Arc<Gpu>) -> Result<Event> {
+        Event::with(gpu, 0)
+    }
+
+    fn with(gpu: &Arc<Gpu>, flags: u32) -> Result<Event> {
         gpu.attach()?;
         let mut handle = null();
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
         // SAFETY: an out-parameter.
         check(unsafe { sys::cuEventCreate(&mut handle, flags) }, "making an event")?;
         Ok(Event { gpu: gpu.clone(), handle })
@@ -299,6 +307,14 @@ impl Event {
     pub fn wait(&self) -> Result<()> {
         // SAFETY: a live handle.
         check(unsafe { sys::cuEventSynchronize(self.handle) }, "waiting for an event")
+    }
+
+    /// The GPU's time from `earlier` to here, both of them timed and done.
+    pub fn since(&self, earlier: &Event) -> Result<std::time::Duration> {
+        let mut milliseconds = 0f32;
+        // SAFETY: an out-parameter and live handles.
+        check(unsafe { sys::cuEventElapsedTime_v2(&mut milliseconds, earlier.handle, self.handle) }, "timing")?;
+        Ok(std::time::Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) * 1e-3))
     }
 }
 

@@ -96,8 +96,8 @@ pub mod source {
         ROUTE = "route";
         /// Rows of hidden states.
         SELECT_ROWS = "select_rows";
-        /// The largest logits.
-        ARGMAX = "argmax" exports "ARGMAX_PARTS";
+        /// The choice of tokens.
+        CHOOSE = "choose" exports "CHOOSE_PARTS";
         /// Weights of benchmarks.
         DUMMY_WEIGHTS = "dummy_weights";
     }

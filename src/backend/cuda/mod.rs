@@ -17,10 +17,11 @@ mod rates;
 mod reduce;
 mod step;
 mod stream;
+mod tokens;
 
 use std::cell::RefCell;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use attention::{combines_output, decode_source, prefill_constants};
 pub use context::{Gpu, GpuInfo, Memory, available};
@@ -38,11 +39,13 @@ use self::load::Loader;
 use self::matmul::Matmul;
 use self::reduce::Reduce;
 use self::step::Inputs;
+use self::tokens::Tokens;
 use crate::backend::{AttentionShape, View};
 use crate::cache::{BLOCK, Layout};
 use crate::comm::Communicator;
 use crate::comm::nccl::{Element, Nccl};
 use crate::comm::one_shot::OneShot;
+use crate::comm::pace::{Pace, crowded};
 use crate::error::{Error, Result};
 
 /// How long kernels that are told to leave may take to do so, and the ranks that are left to meet.
@@ -143,6 +146,7 @@ pub struct CudaBackend {
     reduce: Reduce,
     one_shot: Option<OneShot>,
     head: RefCell<Head>,
+    tokens: Tokens,
     waited: Duration,
 }
 
@@ -150,8 +154,6 @@ pub struct CudaBackend {
 struct Head {
     /// f32 `[outputs, vocab]`
     logits: Option<Memory>,
-    /// Largest logits and their indices, and the workspace of the search.
-    best: Option<Memory>,
     host: Option<Pinned>,
     vocab: usize,
 }
@@ -277,24 +279,28 @@ impl CudaBackend {
         Ok(seconds)
     }
 
-    /// Waits for what `done` asks about, for as long as the watchdog allows. Then the sums that wait for another rank are
-    /// ended, and the error names that rank, where the GPU knows it.
+    /// Waits for what `done` asks about, for as long as the watchdog allows.
     fn until(&self, done: impl Fn(&Self) -> Result<bool>) -> Result<()> {
         let bound = self.options.watchdog;
-        if self.reduce.poll(bound, || done(self))? {
-            return Ok(());
-        }
+        if self.reduce.poll(bound, || done(self))? { Ok(()) } else { Err(self.overdue()) }
+    }
+
+    /// Ends the sums that wait for another rank. The error names that rank, where the GPU knows it.
+    fn overdue(&self) -> Error {
+        let bound = self.options.watchdog;
         let mut rank = self.comm.rank();
         let mut what = format!("its GPU has waited {} s for the other ranks' part of a step", bound.as_secs_f32());
         if let Some(one_shot) = &self.one_shot {
             one_shot.stop();
-            self.reduce.poll(LEAVING, || self.gpu.idle())?;
+            if let Err(e) = self.reduce.poll(LEAVING, || self.gpu.idle()) {
+                return e;
+            }
             if let Some(late) = one_shot.late() {
                 rank = late;
                 what = format!("its part of a step has not come in {} s", bound.as_secs_f32());
             }
         }
-        Err(Error::Rank { rank, what })
+        Error::Rank { rank, what }
     }
 
     /// Waits for what is enqueued before something is timed.
@@ -321,13 +327,41 @@ impl CudaBackend {
         }
     }
 
-    /// Waits until the last step's inputs may be overwritten, bounded by the watchdog.
-    fn wait_for_inputs(&mut self) -> Result<()> {
-        if !self.waits() {
-            return Ok(());
+    /// The side of the next step, once the step before last, which had it, is over.
+    fn next_side(&mut self) -> Result<usize> {
+        self.gpu.attach()?;
+        let side = self.tokens.next();
+        if self.waits() {
+            let waited = self.until(|b| Ok(b.tokens.over(side)? && b.inputs.copied(side)?));
+            waited.map_err(|e| self.blame(e))?;
         }
-        let waited = self.until(|b| b.inputs.copied());
-        waited.map_err(|e| self.blame(e))
+        Ok(side)
+    }
+
+    /// Waits until the last step, or the one before it, is over.
+    fn wait_for_tokens(&mut self, behind: bool) -> Result<()> {
+        self.gpu.attach()?;
+        let side = self.tokens.side(behind);
+        if self.waits() {
+            let waited = self.until(|b| b.tokens.over(side));
+            return waited.map_err(|e| self.blame(e));
+        }
+        while !self.tokens.over(side)? {
+            std::hint::spin_loop();
+        }
+        Ok(())
+    }
+
+    /// Returns when everything enqueued is done or rank 0 has spoken; an error when another rank's part does not come.
+    fn watch_device(&mut self) -> Result<()> {
+        let (start, mut pace) = (Instant::now(), Pace::new(crowded(self.comm.local().1)));
+        while !self.gpu.idle()? && !self.comm.arrived()? {
+            let overdue = start.elapsed() > self.options.watchdog;
+            let watched = if overdue { Err(self.overdue()) } else { self.reduce.failed() };
+            watched.map_err(|e| self.blame(e))?;
+            pace.pause();
+        }
+        Ok(())
     }
 
     /// Waits for the step, bounded by the watchdog.
@@ -347,6 +381,7 @@ struct Parts {
     inputs: Inputs,
     reduce: Reduce,
     one_shot: Option<OneShot>,
+    tokens: Tokens,
 }
 
 impl Parts {
@@ -375,11 +410,13 @@ impl Parts {
             let what = "one-shot sums need all ranks on one host, on GPUs that reach each other's memory";
             return Err(Error::Device(format!("{what}: use --all-reduce auto")));
         }
-        Ok(Parts { gpu, matmul, inputs, reduce, one_shot })
+        let rows = options.max_rows.max(step::bucket(options.max_sequences));
+        let tokens = Tokens::new(&gpu, rows, comm.world())?;
+        Ok(Parts { gpu, matmul, inputs, reduce, one_shot, tokens })
     }
 
     fn with(self, comm: Box<dyn Communicator>, options: CudaOptions) -> CudaBackend {
-        let Parts { gpu, matmul, inputs, reduce, one_shot } = self;
+        let Parts { gpu, matmul, inputs, reduce, one_shot, tokens } = self;
         CudaBackend {
             comm,
             options,
@@ -392,7 +429,8 @@ impl Parts {
             graphs: Graphs::default(),
             reduce,
             one_shot,
-            head: RefCell::new(Head { logits: None, best: None, host: None, vocab: 0 }),
+            head: RefCell::new(Head { logits: None, host: None, vocab: 0 }),
+            tokens,
             waited: Duration::ZERO,
             gpu,
         }

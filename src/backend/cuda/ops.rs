@@ -18,7 +18,7 @@ use crate::cache::{BLOCK, Layout};
 use crate::checkpoint::Slice;
 use crate::comm::Communicator;
 use crate::comm::nccl::Element;
-use crate::comm::one_shot::MAX_WORLD;
+use crate::comm::one_shot::{MAX_WORLD, OneShot, TOKEN_ROWS};
 use crate::config::{ModelConfig, Moe, Rope};
 use crate::error::{Error, Result};
 use crate::model::shard::Owned;
@@ -30,7 +30,7 @@ const FEW: usize = 8;
 
 /// The kernels' parameter blocks, field by field as in `kernels/`.
 #[repr(C)]
-struct Embed(u64, u64, u64, i32, i32, i32);
+struct Embed(u64, u64, u64, u64, i32, i32, i32);
 #[repr(C)]
 struct Norm(u64, u64, u64, f32);
 #[repr(C)]
@@ -40,7 +40,26 @@ struct SelectRows(u64, u64, u64, i32);
 #[repr(C)]
 struct SiluMul(u64, u64, i32, i32, i32);
 #[repr(C)]
-struct Argmax(u64, u64, u64, u64, u64, i32);
+struct Choose {
+    logits: u64,
+    keys: u64,
+    temperatures: u64,
+    parts: u64,
+    best: u64,
+    gathered: u64,
+    tokens: u64,
+    host: u64,
+    side: u64,
+    calls: u64,
+    stop: u64,
+    slots: [u64; MAX_WORLD],
+    vocab: i32,
+    first: i32,
+    rank: i32,
+    world: i32,
+    slot_rows: i32,
+    host_rows: i32,
+}
 #[repr(C)]
 struct Gemv(u64, u64, u64, u64, i32, i32, i32, i32, i32);
 #[repr(C)]
@@ -306,6 +325,48 @@ impl CudaBackend {
         self.kernels.launch(f, Launch::new(self.rows(), f.exports()[0]), arguments![a])
     }
 
+    /// Chooses a token for each output row of `logits` `[outputs, vocab]`, whose first column is token `first`.
+    fn choose(&self, logits: u64, vocab: usize, first: usize) -> Result<()> {
+        let outputs = self.inputs.outputs;
+        expect(outputs <= self.tokens.rows(), || format!("{outputs} tokens of a step"))?;
+        let parts = self.kernels.get(&source::CHOOSE, "choose_parts", &[])?;
+        let [each, ..] = parts.exports();
+        let pushed = self.one_shot.as_ref().filter(|_| self.overlaps() && outputs <= TOKEN_ROWS);
+        let (slots, calls) = pushed.map_or(([0; MAX_WORLD], 0), OneShot::tokens);
+        let alone = self.comm.world() == 1;
+        let mut workspace = self.tokens.parts.borrow_mut();
+        let tokens = &self.tokens;
+        let mut a = Choose {
+            logits,
+            keys: self.inputs.keys(),
+            temperatures: self.inputs.temperatures(),
+            parts: self.ensure(&mut workspace, outputs * each * 8)?,
+            best: tokens.best.at(),
+            gathered: tokens.gathered.as_ref().map_or(0, Memory::at),
+            tokens: if alone || pushed.is_some() { tokens.device.at() } else { 0 },
+            host: tokens.host(),
+            side: self.inputs.side(),
+            calls,
+            stop: pushed.map_or(0, OneShot::stop_words),
+            slots,
+            vocab: vocab as i32,
+            first: first as i32,
+            rank: self.comm.rank() as i32,
+            world: self.comm.world() as i32,
+            slot_rows: TOKEN_ROWS as i32,
+            host_rows: tokens.rows() as i32,
+        };
+        let launch = Launch { grid: (each, outputs, 1), block: 256, ..Launch::default() };
+        self.kernels.launch(parts, launch, arguments![a])?;
+        let join = self.kernels.get(&source::CHOOSE, "choose_join", &[])?;
+        self.kernels.launch(join, Launch::new(outputs, 32), arguments![a])?;
+        let (Reduce::Nccl(nccl), None) = (&self.reduce, pushed) else { return Ok(()) };
+        nccl.all_gather(a.best, a.gathered, outputs * 8, self.gpu.stream().cast())?;
+        a.tokens = tokens.device.at();
+        let ranks = self.kernels.get(&source::CHOOSE, "choose_ranks", &[])?;
+        self.kernels.launch(ranks, Launch::new(outputs, 32), arguments![a])
+    }
+
     /// Waits for the step and brings `bytes` bytes at `at` to page-locked memory.
     fn fetch(&mut self, at: u64, bytes: usize) -> Result<()> {
         self.gpu.attach()?;
@@ -416,30 +477,36 @@ impl Backend for CudaBackend {
     }
 
     fn step<F: FnMut(&mut Self) -> Result<()>>(&mut self, program: u32, batch: &Batch, mut body: F) -> Result<()> {
-        self.wait_for_inputs()?;
+        let side = self.next_side()?;
         let usable = self.options.graphs && self.reduce.on_stream();
         let (most_spans, most_rows) = (self.inputs.spans(), self.tensor_rows());
-        let Some(key) = graph::key(program, batch, most_spans, most_rows).filter(|_| usable) else {
-            self.begin(batch)?;
-            return body(self);
-        };
-        self.inputs.begin_padded(batch, key.spans, key.rows)?;
-        if let Some(graph) = self.graphs.get(key, self.attention.generation.get()) {
-            return graph.launch();
+        let key = graph::key(program, batch, most_spans, most_rows).filter(|_| usable);
+        match key {
+            Some(key) => self.inputs.begin_padded(batch, side, key.spans, key.rows)?,
+            None => self.inputs.begin(batch, side)?,
         }
-        // The first time: run as it is, which loads kernels and makes workspaces, then record for the times to come.
+        self.tokens.begin()?;
+        let recorded = key.and_then(|key| self.graphs.get(key, self.attention.generation.get()));
+        if let Some(graph) = recorded {
+            graph.launch()?;
+            return self.tokens.end();
+        }
         self.attention.begin();
         body(self)?;
-        self.attention.begin();
-        let gpu = self.gpu.clone();
-        let graph = Graph::record(&gpu, || body(self))?;
-        self.graphs.put(key, self.attention.generation.get(), graph);
+        self.tokens.end()?;
+        // Once as it is, which loads kernels and makes workspaces; then recorded for the times to come.
+        if let Some(key) = key {
+            self.attention.begin();
+            let gpu = self.gpu.clone();
+            let graph = Graph::record(&gpu, || body(self))?;
+            self.graphs.put(key, self.attention.generation.get(), graph);
+        }
         Ok(())
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<()> {
-        self.wait_for_inputs()?;
-        self.inputs.begin(batch)?;
+        let side = self.next_side()?;
+        self.inputs.begin(batch, side)?;
         self.attention.begin();
         Ok(())
     }
@@ -449,7 +516,8 @@ impl Backend for CudaBackend {
         let bf16 = out.element == Element::Bf16;
         let f = self.kernels.get(&source::EMBED, "embed", if bf16 { &[("X_BF16", 1)] } else { &[] })?;
         let (first, owned, hidden) = (first as i32, table.rows as i32, table.cols as i32);
-        let a = Embed(self.inputs.tokens(), table.memory.at(), out.at(), first, owned, hidden);
+        let (tokens, chosen) = (self.inputs.tokens(), self.tokens.device.at());
+        let a = Embed(tokens, chosen, table.memory.at(), out.at(), first, owned, hidden);
         self.kernels.launch(f, Launch::new(self.rows(), 256), arguments![a])
     }
 
@@ -673,7 +741,7 @@ impl Backend for CudaBackend {
         self.kernels.launch(f, Launch::new(self.inputs.outputs, 256), arguments![a])
     }
 
-    fn head(&mut self, head: &Matrix, x: &Tensor, argmax: bool) -> Result<()> {
+    fn head(&mut self, head: &Matrix, x: &Tensor, first: usize, choose: bool) -> Result<()> {
         let outputs = self.inputs.outputs;
         let mut state = self.head.borrow_mut();
         state.vocab = head.rows;
@@ -683,19 +751,8 @@ impl Backend for CudaBackend {
         let logits = self.ensure(&mut state.logits, outputs * head.rows * 4)?;
         let operand = Operand { at: x.at(), stride: x.cols };
         self.product(head, None, operand, outputs, Operand { at: logits, stride: head.rows }, true)?;
-        if !argmax {
-            return Ok(());
-        }
-        // The best and their indices lie together, so that one copy brings both; the search's parts behind them.
-        let parts = source::ARGMAX;
-        let f = self.kernels.get(&parts, "argmax_parts", &[])?;
-        let [each, ..] = f.exports();
-        let best = self.ensure(&mut state.best, outputs * 8 * (1 + each))?;
-        let behind = |n: usize| best + 4 * (outputs * n) as u64;
-        let a = Argmax(logits, behind(2), behind(2 + each), best, behind(1), head.rows as i32);
-        self.kernels.launch(f, Launch { grid: (each, outputs, 1), block: 256, ..Launch::default() }, arguments![a])?;
-        let f = self.kernels.get(&parts, "argmax_join", &[])?;
-        self.kernels.launch(f, Launch::new(outputs, 32), arguments![a])
+        drop(state);
+        if choose { self.choose(logits, head.rows, first) } else { Ok(()) }
     }
 
     fn read_logits(&mut self, logits: &mut Vec<f32>) -> Result<()> {
@@ -713,18 +770,37 @@ impl Backend for CudaBackend {
     }
 
     fn read_best(&mut self, best: &mut Vec<(f32, u32)>) -> Result<()> {
-        let (outputs, wanted) = (self.inputs.outputs, self.inputs.wanted);
+        let wanted = self.inputs.wanted;
         best.clear();
         if wanted == 0 {
             return Ok(());
         }
-        let at = self.head.get_mut().best.as_ref().map_or(0, Memory::at);
-        self.fetch(at, outputs * 8)?;
+        self.fetch(self.tokens.best.at(), wanted * 8)?;
         if let Some(host) = &self.head.get_mut().host {
-            let (values, indices) = (host.slice::<f32>(), &host.slice::<u32>()[outputs..]);
-            best.extend(values.iter().copied().zip(indices.iter().copied()).take(wanted));
+            best.extend(
+                host.slice::<[u32; 2]>()[..wanted].iter().map(|[score, token]| (f32::from_bits(*score), *token)),
+            );
         }
         Ok(())
+    }
+
+    fn overlaps(&self) -> bool {
+        self.reduce.on_stream()
+    }
+
+    fn read_tokens(&mut self, behind: bool, count: usize, tokens: &mut Vec<u32>) -> Result<()> {
+        expect(count <= self.tokens.rows(), || format!("{count} tokens of a step"))?;
+        self.wait_for_tokens(behind)?;
+        self.tokens.read(behind, count, tokens);
+        Ok(())
+    }
+
+    fn watch(&mut self) -> Result<()> {
+        self.watch_device()
+    }
+
+    fn step_time(&self, behind: bool) -> Result<Option<Duration>> {
+        self.tokens.time(behind).map(Some)
     }
 
     fn read(&self, x: &Tensor, rows: usize) -> Result<Vec<f32>> {

@@ -46,7 +46,7 @@ impl CudaBackend {
     /// Seconds of the sum of one row, the residual and the norm, as a layer has them.
     fn small_sum(&mut self, hidden: usize) -> Result<f64> {
         let span = Span { first: 0, rows: 1, context: 1, blocks: vec![0] };
-        self.begin(&Batch { tokens: vec![0], positions: vec![0], spans: vec![span], outputs: vec![] })?;
+        self.begin(&Batch { tokens: vec![0], positions: vec![0], spans: vec![span], ..Batch::default() })?;
         let weight = self.vector(&vec![1.0; hidden])?;
         let (mut partial, mut x, mut h) = (self.summed(1, hidden)?, self.residual(1, hidden)?, self.tensor(1, hidden)?);
         let mut times = self.time(REPEATS, |b| {

@@ -92,9 +92,7 @@ impl Reduce {
         while !done()? {
             polls = polls.wrapping_add(1);
             if polls.is_multiple_of(1024) {
-                if let Reduce::Nccl(nccl) = self {
-                    nccl.poll()?;
-                }
+                self.failed()?;
                 if start.elapsed() > bound {
                     return Ok(false);
                 }
@@ -102,6 +100,11 @@ impl Reduce {
             std::hint::spin_loop();
         }
         Ok(true)
+    }
+
+    /// An error where NCCL knows a link or rank to have failed.
+    pub fn failed(&self) -> Result<()> {
+        if let Reduce::Nccl(nccl) = self { nccl.poll() } else { Ok(()) }
     }
 
     /// Ends sums that wait for another rank; there are none from then on.

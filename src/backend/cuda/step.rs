@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use super::context::{Event, Gpu, Memory, Pinned, bytes_of};
+use super::tokens::SIDES;
 use crate::backend::Batch;
 use crate::cache::BLOCK;
 use crate::error::{Error, Result};
@@ -35,6 +36,13 @@ pub(crate) struct Chunk {
     pub rows: usize,
 }
 
+/// What is on its way to the GPU, in page-locked memory: two steps may be under way.
+struct Staged {
+    ints: Pinned,
+    table: Pinned,
+    copied: Event,
+}
+
 /// The present step.
 pub(crate) struct Inputs {
     gpu: Arc<Gpu>,
@@ -42,11 +50,9 @@ pub(crate) struct Inputs {
     max_spans: usize,
     /// Blocks a sequence can have: the block table's stride.
     pub max_blocks: usize,
-    host: Pinned,
-    copied: Event,
+    staged: [Staged; SIDES],
     device: Memory,
     table: Memory,
-    table_host: Pinned,
     /// What the device's block table holds.
     shadow: Vec<i32>,
     /// Rows that are computed, padding included.
@@ -67,17 +73,19 @@ impl Inputs {
         let max_spans = bucket(max_spans);
         let max_rows = max_rows.max(max_spans);
         let max_blocks = max_context.div_ceil(BLOCK).max(1);
-        let ints = 4 * max_rows + 3 * max_spans;
+        let ints = 7 * max_rows + 3 * max_spans + 1;
+        let staged = || {
+            let table = Pinned::new(gpu, 4 * max_spans * max_blocks)?;
+            Ok(Staged { ints: Pinned::new(gpu, 4 * ints)?, table, copied: Event::new(gpu)? })
+        };
         Ok(Inputs {
             gpu: gpu.clone(),
             max_rows,
             max_spans,
             max_blocks,
-            host: Pinned::new(gpu, 4 * ints)?,
-            copied: Event::new(gpu)?,
+            staged: [staged()?, staged()?],
             device: Memory::new(gpu, 4 * ints)?,
             table: Memory::new(gpu, 4 * max_spans * max_blocks)?,
-            table_host: Pinned::new(gpu, 4 * max_spans * max_blocks)?,
             shadow: vec![0; max_spans * max_blocks],
             rows: 0,
             outputs: 0,
@@ -87,16 +95,16 @@ impl Inputs {
         })
     }
 
-    /// Whether the last step's inputs have been copied, so that the next one's can be written.
-    pub fn copied(&self) -> Result<bool> {
-        self.copied.done()
+    /// Whether the inputs of the last step with `side` have been copied, so that another's can be written.
+    pub fn copied(&self, side: usize) -> Result<bool> {
+        self.staged[side].copied.done()
     }
 
     /// Sequences there is room for.
     pub fn spans(&self) -> usize {
         self.max_spans
     }
-    /// Token ids. `[rows]`
+    /// Token ids, or, with the sign bit, a row of the last step's tokens. `[rows]`
     pub fn tokens(&self) -> u64 {
         self.device.at()
     }
@@ -112,26 +120,38 @@ impl Inputs {
     pub fn output_rows(&self) -> u64 {
         self.device.at() + 12 * self.max_rows as u64
     }
+    /// Temperatures. `[outputs]`
+    pub fn temperatures(&self) -> u64 {
+        self.device.at() + 16 * self.max_rows as u64
+    }
+    /// Keys of the noise, low and high half. `[outputs, 2]`
+    pub fn keys(&self) -> u64 {
+        self.device.at() + 20 * self.max_rows as u64
+    }
+    /// Which side of the tokens' host memory the step writes. `[1]`
+    pub fn side(&self) -> u64 {
+        self.device.at() + 4 * (7 * self.max_rows + 3 * self.max_spans) as u64
+    }
     /// Tokens in the cache, from sequence `span` on; 0 for padding. `[spans]`
     pub fn lens(&self, span: usize) -> u64 {
-        self.device.at() + 4 * (4 * self.max_rows + span) as u64
+        self.device.at() + 4 * (7 * self.max_rows + span) as u64
     }
     /// First row, from sequence `span` on. `[spans]`
     pub fn first(&self, span: usize) -> u64 {
-        self.device.at() + 4 * (4 * self.max_rows + self.max_spans + span) as u64
+        self.device.at() + 4 * (7 * self.max_rows + self.max_spans + span) as u64
     }
     /// Rows, from sequence `span` on. `[spans]`
     pub fn span_rows(&self, span: usize) -> u64 {
-        self.device.at() + 4 * (4 * self.max_rows + 2 * self.max_spans + span) as u64
+        self.device.at() + 4 * (7 * self.max_rows + 2 * self.max_spans + span) as u64
     }
     /// Block tables, from sequence `span` on. `[spans, max_blocks]`
     pub fn tables(&self, span: usize) -> u64 {
         self.table.at() + 4 * (span * self.max_blocks) as u64
     }
 
-    /// Takes a batch as it is.
-    pub fn begin(&mut self, batch: &Batch) -> Result<()> {
-        self.upload(batch, batch.spans.len(), batch.rows(), batch.outputs.len())?;
+    /// Takes a batch as it is, on a side that no step under way has.
+    pub fn begin(&mut self, batch: &Batch, side: usize) -> Result<()> {
+        self.upload(batch, side, batch.spans.len(), batch.rows(), batch.outputs.len())?;
         (self.runs, self.chunks) = (vec![], vec![]);
         for (i, span) in batch.spans.iter().enumerate() {
             if span.rows <= DECODE_ROWS {
@@ -153,29 +173,34 @@ impl Inputs {
     }
 
     /// Takes a decode batch padded to `spans` sequences of `rows` rows each, all of them outputs if any is.
-    pub fn begin_padded(&mut self, batch: &Batch, spans: usize, rows: usize) -> Result<()> {
+    pub fn begin_padded(&mut self, batch: &Batch, side: usize, spans: usize, rows: usize) -> Result<()> {
         let outputs = if batch.outputs.is_empty() { 0 } else { spans * rows };
-        self.upload(batch, spans, spans * rows, outputs)?;
+        self.upload(batch, side, spans, spans * rows, outputs)?;
         self.runs = vec![Run { span: 0, count: spans, first: 0, rows }];
         self.chunks.clear();
         Ok(())
     }
 
-    fn upload(&mut self, batch: &Batch, spans: usize, rows: usize, outputs: usize) -> Result<()> {
+    fn upload(&mut self, batch: &Batch, side: usize, spans: usize, rows: usize, outputs: usize) -> Result<()> {
         let (r, s) = (self.max_rows, self.max_spans);
-        if rows > r || spans > s || outputs > r {
+        if rows > r || spans > s || outputs > r || batch.draws.len() > outputs {
             let what = format!("a step of {rows} rows and {spans} sequences on a backend made for {r} and {s}");
             return Err(Error::Internal(what));
         }
         self.gpu.attach()?;
-        self.copied.wait()?;
-        let ints = self.host.slice_mut::<i32>();
+        let staged = &mut self.staged[side];
+        staged.copied.wait()?;
+        let ints = staged.ints.slice_mut::<i32>();
         let (tokens, rest) = ints.split_at_mut(r);
         let (positions, rest) = rest.split_at_mut(r);
         let (row_seq, rest) = rest.split_at_mut(r);
         let (output_rows, rest) = rest.split_at_mut(r);
+        let (temperatures, rest) = rest.split_at_mut(r);
+        let (keys, rest) = rest.split_at_mut(2 * r);
         let (lens, rest) = rest.split_at_mut(s);
-        let (firsts, span_rows) = rest.split_at_mut(s);
+        let (firsts, rest) = rest.split_at_mut(s);
+        let (span_rows, rest) = rest.split_at_mut(s);
+        rest[0] = side as i32;
         let live = batch.rows();
         for i in 0..rows {
             tokens[i] = batch.tokens.get(i).map_or(0, |&t| t as i32);
@@ -185,6 +210,11 @@ impl Inputs {
         output_rows[..outputs].fill(-1);
         for (o, &row) in output_rows.iter_mut().zip(&batch.outputs) {
             *o = row as i32;
+        }
+        temperatures[..outputs].fill(0);
+        for (i, draw) in batch.draws.iter().enumerate() {
+            temperatures[i] = draw.temperature.to_bits() as i32;
+            keys[2 * i..2 * i + 2].copy_from_slice(&[draw.key as i32, (draw.key >> 32) as i32]);
         }
         for i in 0..spans {
             let Some(span) = batch.spans.get(i) else {
@@ -198,7 +228,7 @@ impl Inputs {
             (lens[i], firsts[i], span_rows[i]) = (span.context as i32, span.first as i32, span.rows as i32);
             row_seq[span.first..span.first + span.rows].fill(i as i32);
         }
-        self.gpu.upload(self.device.at(), bytes_of(self.host.slice::<i32>()))?;
+        self.gpu.upload(self.device.at(), bytes_of(staged.ints.slice::<i32>()))?;
         // A block table changes by one entry every BLOCK tokens, and whole only when sequences come and go.
         for (i, span) in batch.spans.iter().enumerate() {
             let at = i * self.max_blocks;
@@ -206,14 +236,14 @@ impl Inputs {
             let differs = |(old, new): (&i32, &u32)| *old != *new as i32;
             let Some(from) = row.iter().zip(&span.blocks).position(differs) else { continue };
             let to = row.len() - row.iter().rev().zip(span.blocks.iter().rev()).position(differs).unwrap_or(0);
-            let staged = &mut self.table_host.slice_mut::<i32>()[at + from..at + to];
-            for ((old, staged), new) in row[from..to].iter_mut().zip(&mut *staged).zip(&span.blocks[from..to]) {
+            let changed = &mut staged.table.slice_mut::<i32>()[at + from..at + to];
+            for ((old, staged), new) in row[from..to].iter_mut().zip(&mut *changed).zip(&span.blocks[from..to]) {
                 *staged = *new as i32;
                 *old = *new as i32;
             }
-            self.gpu.upload(self.table.at() + 4 * (at + from) as u64, bytes_of(staged))?;
+            self.gpu.upload(self.table.at() + 4 * (at + from) as u64, bytes_of(changed))?;
         }
-        self.copied.record()?;
+        staged.copied.record()?;
         (self.rows, self.outputs, self.wanted) = (rows, outputs, batch.outputs.len());
         Ok(())
     }

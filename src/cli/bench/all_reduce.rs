@@ -81,7 +81,7 @@ impl Task for Sums {
                 tokens: vec![0; rows],
                 positions: vec![0; rows],
                 spans: (0..rows).map(|r| Span { first: r, rows: 1, context: 1, blocks: vec![0] }).collect(),
-                outputs: vec![],
+                ..Batch::default()
             };
             let mut partial = b.noise_tensor(rows, hidden, 3 + self.rank as u64)?;
             let (mut x, mut h) = (b.residual(rows, hidden)?, b.tensor(rows, hidden)?);

@@ -1,5 +1,9 @@
-//! `gqla bench decode`: whole decode steps through the engine's own step messages, from the broadcast to the read of the
-//! sampled tokens.
+//! `gqla bench decode`: whole decode steps through the engine's own step messages.
+//!
+//! What is timed is the steady state, as the engine runs it: a step's time is from when rank 0 has the tokens of the step
+//! before it to when it has its own. On GPUs the step's message and launch go out meanwhile, naming the tokens of the
+//! step before it by row; on CPUs broadcast, computation and the gathering of tokens follow each other. `gpu ms` is rank
+//! 0's GPU's own time of a step, waits for other ranks among it: the rest is what the host adds.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -11,7 +15,7 @@ use crate::cache::BLOCK;
 use crate::cli::world::{self, ModelArgs};
 use crate::comm::Communicator;
 use crate::config::ModelConfig;
-use crate::engine::message::{Step, StepSpan, Want};
+use crate::engine::message::{FROM, Step, StepSpan, Want};
 use crate::engine::sampler::uniform;
 use crate::engine::scorer::Scorer;
 use crate::engine::setup::{Config, Routing, Source};
@@ -139,13 +143,22 @@ fn measure(args: &Args, config: &Config, ranks: &mut Scorer, batches: &[usize], 
         bandwidth / 1e9
     );
     let bar = world::bar((batches.len() * contexts.len()) as u64, "measuring");
-    let head =
-        ["batch", "context", "s_q", "step ms (p10 – p90)", "tokens/s", "GB/s a rank", "of copy", "all-reduce ms"];
+    let head = [
+        "batch",
+        "context",
+        "s_q",
+        "step ms (p10 – p90)",
+        "gpu ms",
+        "tokens/s",
+        "GB/s a rank",
+        "of copy",
+        "all-reduce ms",
+    ];
     let mut table = report::table(&head);
     let mut rows = vec![];
     for &context in contexts {
         for &batch in batches {
-            let (times, reduce) = steps(args, ranks, batch, context)?;
+            let Measured { times, device, reduce } = steps(args, ranks, batch, context)?;
             let load = Load { batch, context, s_q: args.s_q as usize };
             let cost = bytes(&info.model, &info, world, &load, info.element)?;
             let bytes = cost.weights.bytes + cost.attention.bytes;
@@ -156,6 +169,7 @@ fn measure(args: &Args, config: &Config, ranks: &mut Scorer, batches: &[usize], 
                 context.to_string(),
                 args.s_q.to_string(),
                 times.text(),
+                device.as_ref().map_or("–".into(), |d| format!("{:.3}", d.median() * 1e3)),
                 format!("{tokens:.0}"),
                 format!("{:.0}", rate / 1e9),
                 format!("{:.2}", rate / bandwidth),
@@ -163,6 +177,7 @@ fn measure(args: &Args, config: &Config, ranks: &mut Scorer, batches: &[usize], 
             ]);
             rows.push(json!({
                 "batch": batch, "context": context, "s_q": args.s_q, "step": times.json(),
+                "gpu": device.map(|d| d.json()),
                 "tokens_per_s": tokens, "bytes_per_step_per_rank": bytes, "bytes_per_s": rate,
                 "fraction_of_copy_bandwidth": rate / bandwidth, "floor_us": bytes / bandwidth * 1e6,
                 "flops_per_step_per_rank": cost.weights.flops + cost.attention.flops,
@@ -199,8 +214,17 @@ fn bytes(
     cost::path_cost(model, &hardware, world, info.path, load)
 }
 
-/// Times of decode steps of `batch` sequences at `context`, and the median time in all-reduces where the host sees it.
-fn steps(args: &Args, ranks: &mut Scorer, batch: usize, context: usize) -> Result<(Times, Option<f64>)> {
+/// What a number of steps took.
+struct Measured {
+    times: Times,
+    /// The device's own times, where it keeps them.
+    device: Option<Times>,
+    /// The median time in all-reduces, where the host sees it.
+    reduce: Option<f64>,
+}
+
+/// Measures decode steps of `batch` sequences at `context`.
+fn steps(args: &Args, ranks: &mut Scorer, batch: usize, context: usize) -> Result<Measured> {
     let (vocab, s_q) = (ranks.info().model.vocab, args.s_q as usize);
     let blocks = context.div_ceil(BLOCK);
     // Blocks in random order, as a server that has run for a while hands them out.
@@ -208,10 +232,8 @@ fn steps(args: &Args, ranks: &mut Scorer, batch: usize, context: usize) -> Resul
     for i in (1..order.len()).rev() {
         order.swap(i, (uniform(1, i as u64) * (i + 1) as f64) as usize);
     }
-    let mut tokens: Vec<u32> = (0..batch * s_q).map(|i| (uniform(2, i as u64) * vocab as f64) as u32).collect();
-    let (mut times, mut reduces) = (vec![], vec![]);
-    let warm = 5;
-    for i in 0..warm + args.steps as usize {
+    let rows = (batch * s_q) as u32;
+    let step = |i: usize| {
         let span = |b: usize| StepSpan {
             slot: b as u32,
             rows: s_q as u32,
@@ -219,22 +241,35 @@ fn steps(args: &Args, ranks: &mut Scorer, batch: usize, context: usize) -> Resul
             keep: if i == 0 { 0 } else { blocks as u32 },
             blocks: if i == 0 { order[b * blocks..(b + 1) * blocks].to_vec() } else { vec![] },
         };
-        let step = Step {
-            want: Want::Argmax,
+        let first = |row: u32| (uniform(2, u64::from(row)) * vocab as f64) as u32;
+        Step {
+            want: Want::Tokens,
             spans: (0..batch).map(span).collect(),
-            tokens: tokens.clone(),
-            outputs: (0..(batch * s_q) as u32).collect(),
+            tokens: (0..rows).map(|row| if i == 0 { first(row) } else { FROM | row }).collect(),
+            outputs: (0..rows).collect(),
             ..Step::default()
-        };
-        let began = Instant::now();
-        let outputs = ranks.step(step)?;
-        let took: Duration = began.elapsed();
-        tokens.clone_from(&outputs.best);
-        let reduce = ranks.reduce_time();
+        }
+    };
+    let (mut times, mut device, mut reduces) = (vec![], vec![], vec![]);
+    let warm = 5;
+    let count = warm + args.steps as usize;
+    let ahead = usize::from(ranks.overlaps());
+    (0..ahead).try_for_each(|i| ranks.launch(step(i)))?;
+    let mut before = Instant::now();
+    for i in 0..count {
+        if i + ahead < count {
+            ranks.launch(step(i + ahead))?;
+        }
+        ranks.collect()?;
+        let (now, reduce) = (Instant::now(), ranks.reduce_time());
         if i >= warm {
-            times.push(took);
+            times.push(now - before);
+            device.extend(ranks.step_time()?);
             reduces.extend(reduce);
         }
+        before = now;
     }
-    Ok((Times::new(&times), (!reduces.is_empty()).then(|| Times::new(&reduces).median())))
+    let median = |times: Vec<Duration>| if times.is_empty() { None } else { Some(Times::new(&times)) };
+    let reduce = median(reduces).map(|r| r.median());
+    Ok(Measured { times: Times::new(&times), device: median(device), reduce })
 }
