@@ -37,16 +37,24 @@ fn world_sizes_and_paths_give_the_same_logits() {
 
 #[test]
 fn sampled_tokens_do_not_depend_on_world_size_or_company() {
-    let ask = |world: usize, company: usize| {
+    // Without truncation the ranks choose, unless the company's log-probabilities bring the logits to rank 0.
+    let ask = |top_p: f32, world: usize, company: usize| {
         let engine = Engine::start_threads(model::config("tiny-glm-gqla", Some(Path::Gqa)), world).unwrap();
         let request = |seed| Request {
             prompt: vec![1, 331, 774, 69],
             max_tokens: 40,
             ignore_eos: true,
-            sampling: Sampling { temperature: 0.9, top_p: 0.95, seed: Some(seed), ..Sampling::default() },
+            sampling: Sampling { temperature: 0.9, top_p, seed: Some(seed), ..Sampling::default() },
             ..Request::default()
         };
-        let others: Vec<_> = (0..company).map(|i| engine.try_submit(request(100 + i as u64)).unwrap()).collect();
+        let others: Vec<_> = (0..company)
+            .map(|i| Request {
+                logprobs: (i % 2 == 1).then_some(0),
+                max_tokens: 10 * (i + 1),
+                ..request(100 + i as u64)
+            })
+            .map(|other| engine.try_submit(other).unwrap())
+            .collect();
         let mut stream = engine.try_submit(request(7)).unwrap();
         let mut tokens = vec![];
         while let Some(event) = stream.next_blocking() {
@@ -60,10 +68,12 @@ fn sampled_tokens_do_not_depend_on_world_size_or_company() {
         engine.shutdown().unwrap();
         tokens
     };
-    let alone = ask(1, 0);
-    assert_eq!(alone.len(), 40);
-    for (world, company) in [(1, 5), (2, 0), (4, 3), (8, 0)] {
-        assert_eq!(ask(world, company), alone, "W={world} beside {company} others");
+    for top_p in [0.95, 1.0] {
+        let alone = ask(top_p, 1, 0);
+        assert_eq!(alone.len(), 40);
+        for (world, company) in [(1, 5), (2, 0), (4, 3), (8, 0)] {
+            assert_eq!(ask(top_p, world, company), alone, "top-p {top_p}, W={world} beside {company} others");
+        }
     }
 }
 
