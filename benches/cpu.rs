@@ -138,7 +138,7 @@ impl Stack {
             tokens: vec![0; rows],
             positions: (context - rows..context).map(|p| p as u32).collect(),
             spans: vec![Span { first: 0, rows, context, blocks }],
-            outputs: vec![],
+            ..Batch::default()
         })
         .unwrap();
         t.x.data_mut().iter_mut().enumerate().for_each(|(i, x)| *x = (i % 17) as f32 / 17.0 - 0.5);

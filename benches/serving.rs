@@ -48,7 +48,7 @@ fn scheduling() {
     let limits = Limits { sequences: 256, step_tokens: 4096, blocks: 256 * 64, share_prefixes: true };
     let mut scheduler = Scheduler::new(limits);
     for id in 0..sequences {
-        scheduler.add(id, vec![id as u32; 100 + id as usize], false);
+        scheduler.add(id, vec![id as u32; 100 + id as usize], usize::MAX, false);
     }
     while scheduler.plan().is_some_and(|p| p.step.spans.len() < 256 || p.outputs.len() < 256) {
         // Prompts are computed at first; whoever has ended its prompt decodes from then on.

@@ -19,7 +19,7 @@ fn measure(all_reduce: AllReduce, rows: usize, hidden: usize) -> Result<Vec<f64>
                 let mut b = CudaBackend::new(Box::new(comm), options)?;
                 let span = Span { first: 0, rows, context: rows, blocks: (0..rows.div_ceil(64) as u32).collect() };
                 let positions = (0..rows as u32).collect();
-                b.begin(&Batch { tokens: vec![0; rows], positions, spans: vec![span], outputs: vec![] })?;
+                b.begin(&Batch { tokens: vec![0; rows], positions, spans: vec![span], ..Batch::default() })?;
                 let values: Vec<f32> = (0..rows * hidden).map(|i| (i % 97) as f32 / 97.0 - 0.5).collect();
                 let weight = b.vector(&vec![1.0; hidden])?;
                 let (mut x, mut out) = (b.residual(rows, hidden)?, b.tensor(rows, hidden)?);
