@@ -74,7 +74,7 @@ mod tests {
             for gated in [false, true] {
                 for sms in [1, 80, 132] {
                     let c = Cut::of(n, gated, sms);
-                    assert!(c.columns % 8 == 0 && c.columns <= if gated { 128 } else { 256 }, "{n}: {c:?}");
+                    assert!(c.columns.is_multiple_of(8) && c.columns <= if gated { 128 } else { 256 }, "{n}: {c:?}");
                     assert!(c.grid <= sms && c.grid * c.columns * c.passes >= n, "{n} on {sms}: {c:?}");
                     assert!((c.grid - 1) * c.columns * c.passes < n, "{n}: a CTA of {c:?} has nothing to do");
                 }
