@@ -174,7 +174,10 @@ impl<B: Backend + 'static> Run for Runner<B> {
         let count = batch.outputs.len();
         let mut outputs = Outputs::default();
         match step.want {
-            Want::Tokens if device => return Ok(self.launched.push_back(Launched::Device(count))),
+            Want::Tokens if device => {
+                self.launched.push_back(Launched::Device(count));
+                return Ok(());
+            }
             Want::Tokens if count > 0 => outputs.tokens = self.gather_best()?,
             Want::Logits if count > 0 => outputs.logits = self.gather_logits(count)?,
             _ => {}
