@@ -39,7 +39,7 @@ int cublasLtMatmulAlgoGetHeuristic(void) { return 1; } int cublasLtMatmul(void) 
 ";
 const NCCL: &str = "
 int ncclGetVersion(int* v) { *v = 20909; return 0; }
-int ncclGetUniqueId(void) { return 1; } int ncclCommInitRank(void) { return 1; } int ncclAllReduce(void) { return 1; }
+int ncclGetUniqueId(void) { return 1; } int ncclCommInitRank(void) { return 1; } int ncclAllReduce(void) { return 1; } int ncclAllGather(void) { return 1; }
 int ncclCommGetAsyncError(void) { return 1; } int ncclCommAbort(void) { return 1; } int ncclCommDestroy(void) { return 1; }
 char* ncclGetErrorString(int e) { return \"\"; } char* ncclGetLastError(void* c) { return \"\"; }
 ";
