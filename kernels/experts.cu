@@ -234,16 +234,21 @@ extern "C" __global__ void __launch_bounds__(128) experts_sum(const Experts a) {
   const int col = (blockIdx.x * 128 + threadIdx.x) * 8;
   if (HIDDEN % 8 == 0) {
     if (col >= HIDDEN) return;
+    // All that is read is under way at once, even what a padded row then does not want.
+    float4 p[SLOTS], q[SLOTS];
+#pragma unroll
+    for (int k = 0; k < SLOTS; k++) {
+      p[k] = *(const float4*)(y + (size_t)k * HIDDEN + col);
+      q[k] = *(const float4*)(y + (size_t)k * HIDDEN + col + 4);
+    }
     float sum[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) sum[i] = 0.f;
     if (live) {
 #pragma unroll
       for (int k = 0; k < SLOTS; k++) {
-        const float4 p = *(const float4*)(y + (size_t)k * HIDDEN + col);
-        const float4 q = *(const float4*)(y + (size_t)k * HIDDEN + col + 4);
-        sum[0] += w[k] * p.x, sum[1] += w[k] * p.y, sum[2] += w[k] * p.z, sum[3] += w[k] * p.w;
-        sum[4] += w[k] * q.x, sum[5] += w[k] * q.y, sum[6] += w[k] * q.z, sum[7] += w[k] * q.w;
+        sum[0] += w[k] * p[k].x, sum[1] += w[k] * p[k].y, sum[2] += w[k] * p[k].z, sum[3] += w[k] * p[k].w;
+        sum[4] += w[k] * q[k].x, sum[5] += w[k] * q[k].y, sum[6] += w[k] * q[k].z, sum[7] += w[k] * q[k].w;
       }
     }
     *(uint4*)(a.out + row * HIDDEN + col) = make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]),

@@ -51,7 +51,7 @@ constexpr int UP_BYTES = PLAN_AT(UP_SLOTS) + PLAN, DOWN_BYTES = PLAN_AT(DOWN_SLO
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 
-// ---- wgmma: d[64 x N] += a[64 x 16] b[N x 16]^T, both K-major in shared memory ----
+// ---- wgmma: d[64 x N] (+)= a[64 x 16] b[N x 16]^T, both K-major in shared memory ----
 
 #define ACC4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
 #define ACC16(i) ACC4(i), ACC4((i) + 4), ACC4((i) + 8), ACC4((i) + 12)
@@ -60,22 +60,20 @@ constexpr int UP_BYTES = PLAN_AT(UP_SLOTS) + PLAN, DOWN_BYTES = PLAN_AT(DOWN_SLO
 #define LIST_2 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define LIST_3 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-DEVICE void wgmma(float (&d)[4], u64 a, u64 b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
-               : ACC4(0)
-               : "l"(a), "l"(b));
+#define WGMMA(n, list, a, b, p) \
+  "{\n .reg .pred p;\n setp.ne.b32 p, %" p ", 0;\n wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" list "}, %" a ", %" b ", p, 1, 1, 0, 0;\n}"
+DEVICE void wgmma(float (&d)[4], u64 a, u64 b, int accumulate) {
+  asm volatile(WGMMA("8", "%0, %1, %2, %3", "4", "5", "6") : ACC4(0) : "l"(a), "l"(b), "r"(accumulate));
 }
-DEVICE void wgmma(float (&d)[32], u64 a, u64 b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LIST_0 ", " LIST_1
-               "}, %32, %33, 1, 1, 1, 0, 0;"
+DEVICE void wgmma(float (&d)[32], u64 a, u64 b, int accumulate) {
+  asm volatile(WGMMA("64", LIST_0 ", " LIST_1, "32", "33", "34")
                : ACC16(0), ACC16(16)
-               : "l"(a), "l"(b));
+               : "l"(a), "l"(b), "r"(accumulate));
 }
-DEVICE void wgmma(float (&d)[64], u64 a, u64 b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LIST_0 ", " LIST_1 ", " LIST_2 ", " LIST_3
-               "}, %64, %65, 1, 1, 1, 0, 0;"
+DEVICE void wgmma(float (&d)[64], u64 a, u64 b, int accumulate) {
+  asm volatile(WGMMA("128", LIST_0 ", " LIST_1 ", " LIST_2 ", " LIST_3, "64", "65", "66")
                : ACC16(0), ACC16(16), ACC16(32), ACC16(48)
-               : "l"(a), "l"(b));
+               : "l"(a), "l"(b), "r"(accumulate));
 }
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -112,10 +110,21 @@ struct Passes {
   DEVICE_MEMBER static int all(bool shared) { return UP ? (shared ? SHARED_WIDTH : WIDTH) / 16 : HIDDEN / 32; }
   DEVICE_MEMBER static int columns(bool shared) { return UP ? HIDDEN : (shared ? SHARED_WIDTH : WIDTH); }
   DEVICE_MEMBER Passes(const Experts& args, const Plan& planned) : a(args), plan(planned) {
+    constexpr bool ALIKE = !SHARED || SHARED_WIDTH == WIDTH;
     routed = load_any(plan.count);
     const int shared = load_any(plan.count + 1);
-    at = bound(blockIdx.x, shared);
-    end = bound(blockIdx.x + 1, shared);
+    const u32 cta = blockIdx.x, ctas = gridDim.x, segments = routed + shared, each = all(false);
+    const u32 fewest = segments == 0 ? 0 : ctas / segments;  // CTAs of a segment
+    if (ALIKE && fewest > 0 && ceil_div(each, fewest) <= ceil_div(segments * each, ctas)) {
+      // No CTA has more than with equal shares if each keeps to one segment: less to begin and end.
+      const u32 segment = cta * segments / ctas;
+      const u32 from = ceil_div(segment * ctas, segments), to = ceil_div((segment + 1) * ctas, segments);
+      at = segment * each + each * (cta - from) / (to - from);
+      end = segment * each + each * (cta + 1 - from) / (to - from);
+    } else {
+      at = bound(cta, shared);
+      end = bound(cta + 1, shared);
+    }
   }
   DEVICE_MEMBER int bound(u32 cta, int shared) const {
     const u32 unit = columns(false) / 64, shared_unit = SHARED ? columns(true) / 64 : 1;
@@ -130,9 +139,9 @@ struct Passes {
     const int w = SHARED && shared ? all(true) : all(false), v = shared ? at - split : at;
     const int segment = v / w;
     tile = v - segment * w;
-    // What is left of the segment, in as few and as equal passes as can be.
-    const int left = min(end - at, w - tile), passes = ceil_div(left, TILES);
-    tiles = ceil_div(left, passes);
+    // What is left of the segment, the last two passes alike.
+    const int left = min(end - at, w - tile);
+    tiles = left <= TILES ? left : left < 2 * TILES ? (left + 1) / 2 : TILES;
     const int* s = (const int*)(plan.segments + (shared ? routed : 0) + segment);
     expert = load_any(s), first = load_any(s + 1), tokens = load_any(s + 2);
     at += tiles;
@@ -228,29 +237,32 @@ DEVICE void load_tokens(const Experts& a, const Plan& plan, u32 base, int warp, 
 // A pass's sums of NT tiles and all tokens. With 8 tokens: of 64 weight rows each, this lane
 // has rows 16 warp + lane / 4 (+ 8) and tokens lane % 4 * 2 (+ 1). With 64: this lane has tokens
 // 16 warp + lane / 4 (+ 8) and of each 8 weight rows the columns lane % 4 * 2 (+ 1).
+// Products that are added up wait for each other, some 50 ns each: so there are several chains.
 template <int NT>
 struct Sums {
-  static constexpr int PARTS = TOKENS == 8 ? NT / 2 : 1, EACH = TOKENS == 8 ? 4 : NT * 16;
-  float d[PARTS][EACH];
-  DEVICE_MEMBER void clear() {
-#pragma unroll
-    for (int i = 0; i < PARTS * EACH; i++) d[i / EACH][i % EACH] = 0.f;
-  }
-  DEVICE_MEMBER void add(u64 x, u64 w) {
+  static constexpr int PARTS = TOKENS == 8 ? NT / 2 : 1, EACH = TOKENS == 8 ? 4 : NT * 16, CHAINS = TOKENS == 8 ? 4 : 4 / NT;
+  float d[CHAINS * PARTS][EACH];
+  // 16 of the reduction, the k-th of four of a panel.
+  DEVICE_MEMBER void add(bool first, int k, u64 x, u64 w) {
+    const int accumulate = !first || k >= CHAINS;
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
-      if (TOKENS == 8) wgmma(d[i], w + i * (2 * TILE_BYTES / 16), x);
-      else wgmma(d[i], x, w);
+      float(&sum)[EACH] = d[k % CHAINS * PARTS + i];
+      if constexpr (TOKENS == 8) wgmma(sum, w + i * (2 * TILE_BYTES / 16), x, accumulate);
+      else wgmma(sum, x, w, accumulate);
     }
   }
-  DEVICE_MEMBER void settled() {
+  // After a wait: all chains' sums to the first one's place.
+  DEVICE_MEMBER void join() {
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) settle(d[i]);
+    for (int i = 0; i < CHAINS * PARTS; i++) settle(d[i]);
+#pragma unroll
+    for (int i = PARTS * EACH; i < CHAINS * PARTS * EACH; i++) d[i / EACH % PARTS][i % EACH] += d[i / EACH][i % EACH];
   }
 };
 
 template <bool UP, int NT>
-DEVICE void store_few(const Passes<UP>& p, const float (&d)[NT / 2][4], int warp, int lane) {
+DEVICE void store_few(const Passes<UP>& p, const float (*d)[4], int warp, int lane) {
 #pragma unroll
   for (int m = 0; m < NT / 2; m++) {
     const int tile = m * 2 + warp / 2, g = lane / 4;
@@ -309,8 +321,8 @@ DEVICE void compute_pass(const Passes<UP>& p, Ring<Slots>& ring) {
   constexpr int STAGE = X_PANELS < TILES / NT ? X_PANELS : TILES / NT;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, panels = p.panels();
   Sums<NT> sums;
-  sums.clear();
   u32 before = 0;
+#pragma unroll 1
   for (int i = 0; i < panels; i += STAGE) {
     mbar_wait(ring.full(), ring.phase);
     fence_proxy_async();  // tokens came with cp.async
@@ -320,7 +332,7 @@ DEVICE void compute_pass(const Passes<UP>& p, Ring<Slots>& ring) {
       if (j > 0 && i + j >= panels) break;
       const u64 x = matrix(ring.at() + j * X_BYTES), w = matrix(ring.at() + SLOT_W + j * NT * TILE_BYTES);
 #pragma unroll
-      for (int k = 0; k < 4; k++) sums.add(x + k * 2, w + k * 2);
+      for (int k = 0; k < 4; k++) sums.add(i == 0 && j == 0, k, x + k * 2, w + k * 2);
     }
     wgmma_commit();
     wgmma_wait<1>();
@@ -329,7 +341,7 @@ DEVICE void compute_pass(const Passes<UP>& p, Ring<Slots>& ring) {
     ring.advance();
   }
   wgmma_wait<0>();
-  sums.settled();
+  sums.join();
   if (lane == 0) mbar_arrive(before);
   if constexpr (TOKENS == 8) store_few<UP, NT>(p, sums.d, warp, lane);
   else store_many<UP, NT>(p, sums.d[0], warp, lane);
