@@ -161,24 +161,33 @@ pub fn close(what: &str, a: &[f32], b: &[f32], bound: f64) {
     }
 }
 
-/// Of rows of `cols` values, at least `part` are within `bound`. For models with experts: where two experts score nearly
-/// alike, bf16 may choose the other one, and with random weights such a row has nothing to do with the reference.
+/// How many rows of `cols` values are within `bound` of the reference's. For models with experts:
+/// where two experts score nearly alike, bf16 may choose the other one, and such a row is another model's.
+pub fn rows_within(what: &str, a: &[f32], b: &[f32], cols: usize, bound: f64) -> usize {
+    row_errors(what, a, b, cols).into_iter().filter(|&e| e < bound).count()
+}
+
+/// At least `part` of the rows of `cols` values are within `bound`.
 pub fn rows_close(what: &str, a: &[f32], b: &[f32], cols: usize, bound: f64, part: f64) {
-    assert_eq!(a.len(), b.len(), "{what}");
-    assert!(a.iter().all(|x| x.is_finite()), "{what}: values that are not finite");
-    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
-    let errors: Vec<f64> = a
-        .chunks(cols)
-        .zip(b.chunks(cols))
-        .map(|(a, b)| {
-            let size = norm(&mut b.iter().map(|&y| f64::from(y)));
-            norm(&mut a.iter().zip(b).map(|(&x, &y)| f64::from(x) - f64::from(y))) / size
-        })
-        .collect();
+    let errors = row_errors(what, a, b, cols);
     let good = errors.iter().filter(|&&e| e < bound).count();
     assert!(
         good as f64 >= part * errors.len() as f64,
         "{what}: {good} of {} rows are within {bound:.0e}: {errors:.2?}",
         errors.len()
     );
+}
+
+/// Each row's relative error.
+fn row_errors(what: &str, a: &[f32], b: &[f32], cols: usize) -> Vec<f64> {
+    assert_eq!(a.len(), b.len(), "{what}");
+    assert!(a.iter().all(|x| x.is_finite()), "{what}: values that are not finite");
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    a.chunks(cols)
+        .zip(b.chunks(cols))
+        .map(|(a, b)| {
+            let size = norm(&mut b.iter().map(|&y| f64::from(y)));
+            norm(&mut a.iter().zip(b).map(|(&x, &y)| f64::from(x) - f64::from(y))) / size
+        })
+        .collect()
 }
