@@ -11,11 +11,15 @@ pub mod nccl;
 pub mod one;
 pub mod one_shot;
 pub(crate) mod pace;
+#[cfg(feature = "mpi")]
+mod roll;
 pub mod threads;
 #[cfg(feature = "mpi")]
 mod watch;
 
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
@@ -47,6 +51,13 @@ pub trait Communicator: Send {
     fn barrier(&mut self) -> Result<()>;
     /// Bounds every wait but `broadcast`'s.
     fn set_watchdog(&mut self, bound: Duration);
+    /// This thread is about to call what may wait for another rank and is not part of the communicator: a device's driver
+    /// or NCCL. MPI: unless the next operation, or this again, comes within the watchdog's bound and `beyond`, this
+    /// process ends as for a lost rank, naming the ranks that do not answer; a thread of its own sees to that. `None`:
+    /// it has returned. Elsewhere nothing.
+    fn guard(&mut self, _beyond: Option<Duration>) {}
+    /// What changes while a guarded call gets on by itself, so that its bound begins anew. Said once.
+    fn progress(&mut self, _counter: Arc<AtomicU64>) {}
     /// Ends every rank of the world. MPI: prints `gqla: rank R: why` on stderr, then ends all processes with `code`
     /// and does not return. Threads and a world of one: this and every other end's operations fail from now on,
     /// naming this rank and `why`.

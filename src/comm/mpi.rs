@@ -10,12 +10,15 @@
 
 use std::ffi::{c_char, c_int, c_void};
 use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use ::mpi::ffi;
 
 use super::launch::{self, Launched};
 use super::pace::{Pace, Turn, crowded};
+use super::roll::{GRACE, Roll, silent};
 use super::watch::{self, Watch};
 use super::{Communicator, WATCHDOG, check_gather, is_small, name_ranks, share, tree_sum};
 use crate::error::{Error, Result};
@@ -24,14 +27,12 @@ use crate::error::{Error, Result};
 const SLACK: Duration = Duration::from_secs(5);
 /// Bound of initialisation and finalisation, in which all ranks meet inside MPI.
 const MEETING: Duration = Duration::from_secs(60);
-/// How long to collect the others' answers after giving up.
-const GRACE: Duration = Duration::from_millis(500);
 /// Elements of one exchange of an all-reduce: bounds the buffers, and keeps counts within MPI's 32 bits.
 const CHUNK: usize = 1 << 24;
 
 /// Message tags. One a kind of operation, so that a rank which comes to another one is missing, not misread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Tag {
+pub(super) enum Tag {
     Reduce = 1,
     Gather = 2,
     Broadcast = 3,
@@ -135,6 +136,8 @@ impl MpiComm {
             (comm, place(rank, comm)?, local)
         };
         watch.disarm();
+        let roll = Roll { comm, rank: size.0, world: size.1 };
+        watch.on_lost(Box::new(move |count| roll.who_is_missing(count)));
         if let Some(world) = world.filter(|&world| world != size.1) {
             let remedy = "mpirun and the MPI library are of different installations";
             return Err(failed(&format!("mpirun started {world} ranks, but MPI sees {}: {remedy}", size.1)));
@@ -158,6 +161,7 @@ impl MpiComm {
 
     /// Begins a collective, which [`keep`](MpiComm::keep) ends; fails if the world is lost. Afterwards `room` has `floats` elements at least.
     fn begin(&mut self, floats: usize) -> Result<()> {
+        self.watch.come_back();
         if let Some(error) = &self.lost {
             return Err(error.clone());
         }
@@ -318,61 +322,16 @@ impl MpiComm {
         }
     }
 
-    /// The sender and the length of a message that has come, from `source` or from anyone, but not been received.
+    /// As [`probe`].
     fn probe(&mut self, source: Option<usize>, tag: Tag) -> Result<Option<(usize, usize)>> {
-        let mut found = 0;
-        // SAFETY: an all-zero MPI_Status is a valid value of that plain struct of integers.
-        let mut status: ffi::MPI_Status = unsafe { std::mem::zeroed() };
-        // SAFETY: the communicator is valid, and the results are written to live variables.
-        let code = unsafe {
-            let source = source.map_or(ffi::RSMPI_ANY_SOURCE, |rank| rank as c_int);
-            ffi::MPI_Iprobe(source, tag as c_int, self.comm, &mut found, &mut status)
-        };
-        check(self.rank, code)?;
-        if found == 0 {
-            return Ok(None);
-        }
-        let sender = status.MPI_SOURCE as usize;
-        Ok(Some((sender, message_length(sender, &status)?)))
+        probe(self.comm, self.rank, source, tag)
     }
 
-    /// Gives up: says so to all others, hears who else does, and returns the error that names the rank at fault.
-    ///
-    /// Every rank that waits, in whatever collective, hears it and answers; so the ranks which stay silent are the
-    /// ones that are stopped, or busy for longer than the watchdog allows.
+    /// Gives up ([`Roll::call`]) and returns the error that names the rank at fault.
     fn inquest(&mut self, tag: Tag, missing: &[usize]) -> Error {
         self.watch.arm(GRACE + SLACK);
-        // Leaked on purpose, as are the requests: the messages may still be under way when this process ends.
-        let notice: &'static [u64; 1] = Box::leak(Box::new([self.count]));
-        for peer in self.others() {
-            let mut request = null_request();
-            // SAFETY: `notice` lives for ever. A failure to send is no news here.
-            unsafe {
-                let data = notice.as_ptr().cast::<c_void>();
-                let (peer, tag) = (peer as c_int, Tag::GiveUp as c_int);
-                ffi::MPI_Isend(data, 8, ffi::RSMPI_UINT8_T, peer, tag, self.comm, &mut request);
-            }
-        }
-        let mut heard: Vec<Option<u64>> = vec![None; self.world];
-        heard[self.rank] = Some(self.count);
-        let mut pace = Pace::new(true);
-        while pace.waited() < GRACE && heard.contains(&None) {
-            match self.probe(None, Tag::GiveUp) {
-                Ok(Some((sender, 8))) => {
-                    let mut count = 0u64;
-                    // SAFETY: the message is there, eight bytes long, and `count` has room for it.
-                    unsafe {
-                        let data = (&raw mut count).cast::<c_void>();
-                        let (from, tag) = (sender as c_int, Tag::GiveUp as c_int);
-                        ffi::MPI_Recv(data, 8, ffi::RSMPI_UINT8_T, from, tag, self.comm, ffi::RSMPI_STATUS_IGNORE);
-                    }
-                    heard[sender] = Some(count);
-                }
-                _ => std::thread::sleep(Duration::from_millis(1)),
-            }
-            pace.turn();
-        }
-        let silent: Vec<usize> = (0..self.world).filter(|&rank| heard[rank].is_none()).collect();
+        let heard = Roll { comm: self.comm, rank: self.rank, world: self.world }.call(self.count);
+        let silent = silent(&heard);
         let blamed = silent.iter().find(|rank| missing.contains(rank)).or(silent.first()).copied();
         let (name, count, bound) = (tag.name(), self.count, self.watchdog);
         match blamed {
@@ -540,7 +499,19 @@ impl Communicator for MpiComm {
         self.keep(done)
     }
 
+    fn guard(&mut self, beyond: Option<Duration>) {
+        self.watch.come_back();
+        if let Some(beyond) = beyond.filter(|_| self.world > 1) {
+            self.watch.go_outside(self.watchdog + beyond, self.count);
+        }
+    }
+
+    fn progress(&mut self, counter: Arc<AtomicU64>) {
+        self.watch.follow(counter);
+    }
+
     fn arrived(&mut self) -> Result<bool> {
+        self.watch.come_back();
         // Whoever gives up is heard in the broadcast.
         Ok(self.lost.is_some()
             || self.probe(Some(0), Tag::Broadcast)?.is_some()
@@ -558,6 +529,7 @@ impl Communicator for MpiComm {
 
     fn abort(&mut self, code: i32, why: &str) {
         let _ = writeln!(std::io::stderr(), "gqla: rank {}: {why}", self.rank);
+        self.watch.come_back();
         self.watch.arm(SLACK);
         // SAFETY: the communicator is valid. What MPI_Abort needs of mpirun it waits for; the watch bounds that.
         unsafe { ffi::MPI_Abort(self.comm, code) };
@@ -609,6 +581,29 @@ fn check(rank: usize, code: c_int) -> Result<()> {
     Err(Error::Rank { rank, what: words })
 }
 
+/// The sender and the length of a message that has come to `rank`, from `source` or from anyone, but not been received.
+pub(super) fn probe(
+    comm: ffi::MPI_Comm,
+    rank: usize,
+    source: Option<usize>,
+    tag: Tag,
+) -> Result<Option<(usize, usize)>> {
+    let mut found = 0;
+    // SAFETY: an all-zero MPI_Status is a valid value of that plain struct of integers.
+    let mut status: ffi::MPI_Status = unsafe { std::mem::zeroed() };
+    // SAFETY: the communicator is valid, and the results are written to live variables.
+    let code = unsafe {
+        let source = source.map_or(ffi::RSMPI_ANY_SOURCE, |rank| rank as c_int);
+        ffi::MPI_Iprobe(source, tag as c_int, comm, &mut found, &mut status)
+    };
+    check(rank, code)?;
+    if found == 0 {
+        return Ok(None);
+    }
+    let sender = status.MPI_SOURCE as usize;
+    Ok(Some((sender, message_length(sender, &status)?)))
+}
+
 /// The length in bytes of the message from `rank` that `status` describes.
 fn message_length(rank: usize, status: &ffi::MPI_Status) -> Result<usize> {
     let mut length = 0;
@@ -617,7 +612,7 @@ fn message_length(rank: usize, status: &ffi::MPI_Status) -> Result<usize> {
     Ok(usize::try_from(length).unwrap_or(0))
 }
 
-fn null_request() -> ffi::MPI_Request {
+pub(super) fn null_request() -> ffi::MPI_Request {
     // SAFETY: a constant of the MPI library, set before `main`.
     unsafe { ffi::RSMPI_REQUEST_NULL }
 }

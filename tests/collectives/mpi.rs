@@ -4,7 +4,8 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use gqla::comm::{agree, connect, launch};
@@ -56,6 +57,28 @@ fn rank() {
                 std::thread::sleep(LIMIT);
             }
             let _ = comm.broadcast(&mut Vec::new(), None);
+        }
+        "outside" => {
+            comm.set_watchdog(Duration::from_millis(500));
+            comm.barrier().unwrap();
+            let counter = Arc::new(AtomicU64::new(0));
+            comm.progress(counter.clone());
+            // A call that gets on for longer than the bound, and a long time between calls: nothing is amiss.
+            comm.guard(Some(Duration::from_millis(500)));
+            for _ in 0..30 {
+                std::thread::sleep(Duration::from_millis(100));
+                counter.fetch_add(1, Ordering::Relaxed);
+            }
+            comm.guard(None);
+            std::thread::sleep(Duration::from_secs(2));
+            announce(rank);
+            if rank == 0 {
+                // A driver's call that does not return.
+                comm.guard(Some(Duration::from_secs(1)));
+                std::thread::sleep(LIMIT);
+            }
+            let error = comm.broadcast(&mut Vec::new(), None).unwrap_err();
+            comm.abort(error.exit_code(), &error.to_string());
         }
         "huge" => {
             // More than one exchange's worth, and not a multiple of it.
@@ -229,6 +252,21 @@ fn a_killed_rank_is_named_and_all_end() {
         signal(pids[victim], "KILL");
         let ended = job.end_within(LIMIT);
         must_fail(ended, &pids, &format!("process rank {victim} with PID"));
+    }
+}
+
+#[test]
+fn a_rank_whose_call_into_another_library_does_not_return_ends_all_and_names_who_is_missing() {
+    let _alone = alone();
+    let call = "gqla: rank 0: a call into the device's driver or NCCL does not return";
+    for (victim, says) in [(Some(1), "and there is no answer from rank 1;"), (None, "though every rank answers;")] {
+        let (job, pids) = begin(3, "outside", 0);
+        if let Some(victim) = victim {
+            signal(pids[victim], "STOP");
+        }
+        let ended = job.end_within(LIMIT);
+        assert_eq!(ended.status.code(), Some(6), "{ended:?}");
+        must_fail(ended, &pids, &format!("{call}, {says}"));
     }
 }
 

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_void};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys;
@@ -251,6 +252,8 @@ impl Launch {
 pub(crate) struct Kernels {
     gpu: Arc<Gpu>,
     loaded: RefCell<HashMap<(&'static str, &'static str, String), Loaded>>,
+    /// Compilations and loads that are over.
+    progress: Arc<AtomicU64>,
 }
 
 #[derive(Clone)]
@@ -264,7 +267,12 @@ unsafe impl Send for Kernels {}
 
 impl Kernels {
     pub fn new(gpu: &Arc<Gpu>) -> Kernels {
-        Kernels { gpu: gpu.clone(), loaded: RefCell::default() }
+        Kernels { gpu: gpu.clone(), loaded: RefCell::default(), progress: Arc::default() }
+    }
+
+    /// Compilations and loads that are over: they take long, and wait for nobody.
+    pub fn progress(&self) -> Arc<AtomicU64> {
+        self.progress.clone()
     }
 
     /// The kernel called `entry` of a source, compiled for `constants` on first use.
@@ -279,6 +287,7 @@ impl Kernels {
         }
         let sm = self.gpu.sm();
         let ptx = compile(source, constants, architecture(sm))?;
+        self.progress.fetch_add(1, Relaxed);
         self.gpu.attach()?;
         let (mut module, mut handle) = (null(), null());
         let name = c_string(entry.into())?;
@@ -312,6 +321,7 @@ impl Kernels {
         }
         let overlap = source.text.contains("grid_wait()");
         let loaded = Loaded { module, function: Function { handle, name: entry, overlap, exports } };
+        self.progress.fetch_add(1, Relaxed);
         self.loaded.borrow_mut().insert(key, loaded.clone());
         Ok(loaded)
     }

@@ -50,6 +50,9 @@ use crate::error::{Error, Result};
 
 /// How long kernels that are told to leave may take to do so, and the ranks that are left to meet.
 const LEAVING: Duration = Duration::from_secs(2);
+/// After the watchdog's bound, how long until a rank in a call that does not return asks who is there: the others, which
+/// wait in bounded ways, listen by then.
+const ANSWERS: Duration = Duration::from_millis(500);
 
 /// What a rank's GPU is made ready for.
 #[derive(Debug, Clone)]
@@ -242,6 +245,8 @@ impl CudaBackend {
 
     /// Sums `rows` rows of a tensor over the ranks.
     fn sum(&mut self, x: &Tensor) -> Result<()> {
+        let beyond = self.guarded();
+        self.comm.guard(beyond);
         let count = self.inputs.rows * x.cols;
         if !self.reduce.waits() {
             self.settle()?;
@@ -268,10 +273,12 @@ impl CudaBackend {
         self.attention.begin();
         let gpu = self.gpu.clone();
         let graph = graph::Graph::record(&gpu, || body(self))?;
-        let mut seconds = vec![];
+        let (mut seconds, beyond) = (vec![], self.guarded());
         for i in 0..times + 2 {
             self.comm.barrier()?;
+            self.comm.guard(beyond);
             let took = graph.time()?;
+            self.comm.guard(None);
             if i >= 2 {
                 seconds.push(took);
             }
@@ -316,15 +323,24 @@ impl CudaBackend {
     /// The error of a wait that another rank has spoilt: where it names this rank for want of a better one, the ranks
     /// that are still there meet, and the one that does not come is named.
     fn blame(&mut self, e: Error) -> Error {
-        self.reduce.abort();
-        if !matches!(&e, Error::Rank { rank, .. } if *rank == self.comm.rank()) {
-            return e;
-        }
         self.comm.set_watchdog(LEAVING);
-        match self.comm.barrier() {
-            Err(other @ Error::Rank { .. }) => other,
+        let found = match &e {
+            Error::Rank { rank, .. } if *rank == self.comm.rank() => self.comm.barrier().err().unwrap_or(e),
             _ => e,
-        }
+        };
+        // NCCL does not end while there is a graph that it has a part in.
+        self.graphs = Graphs::default();
+        self.comm.guard(Some(Duration::ZERO));
+        self.reduce.abort();
+        self.comm.guard(None);
+        found
+    }
+
+    /// For [`Communicator::guard`], before calls that may wait for another rank, if only because too much has been
+    /// enqueued. The ranks that wait in bounded ways have given up by the time this one is given up, and answer.
+    fn guarded(&self) -> Option<Duration> {
+        let stopping = if self.one_shot.is_some() { LEAVING } else { Duration::ZERO };
+        self.waits().then_some(ANSWERS + stopping)
     }
 
     /// The side of the next step, once the step before last, which had it, is over.
@@ -415,12 +431,14 @@ impl Parts {
         Ok(Parts { gpu, matmul, inputs, reduce, one_shot, tokens })
     }
 
-    fn with(self, comm: Box<dyn Communicator>, options: CudaOptions) -> CudaBackend {
+    fn with(self, mut comm: Box<dyn Communicator>, options: CudaOptions) -> CudaBackend {
         let Parts { gpu, matmul, inputs, reduce, one_shot, tokens } = self;
+        let kernels = Kernels::new(&gpu);
+        comm.progress(kernels.progress());
         CudaBackend {
             comm,
             options,
-            kernels: Kernels::new(&gpu),
+            kernels,
             matmul,
             loader: Loader::new(&gpu),
             inputs,

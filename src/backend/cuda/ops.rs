@@ -486,13 +486,16 @@ impl Backend for CudaBackend {
             None => self.inputs.begin(batch, side)?,
         }
         self.tokens.begin()?;
+        let beyond = self.guarded();
         let recorded = key.and_then(|key| self.graphs.get(key, self.attention.generation.get()));
         if let Some(graph) = recorded {
+            self.comm.guard(beyond);
             graph.launch()?;
+            self.comm.guard(None);
             return self.tokens.end();
         }
         self.attention.begin();
-        body(self)?;
+        body(self).map_err(|e| self.blame(e))?;
         self.tokens.end()?;
         // Once as it is, which loads kernels and makes workspaces; then recorded for the times to come.
         if let Some(key) = key {
@@ -501,6 +504,7 @@ impl Backend for CudaBackend {
             let graph = Graph::record(&gpu, || body(self))?;
             self.graphs.put(key, self.attention.generation.get(), graph);
         }
+        self.comm.guard(None);
         Ok(())
     }
 
@@ -543,6 +547,8 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         expect(x.cols == weight.len && partial.cols == x.cols, || format!("a norm of {} columns", x.cols))?;
         if self.rows() <= self.one_shot_rows(x.cols) && x.element == Element::F32 {
+            let beyond = self.guarded();
+            self.comm.guard(beyond);
             return self.one_shot(partial, bias, x, weight, eps, out);
         }
         self.sum(partial)?;
@@ -889,7 +895,9 @@ impl Backend for CudaBackend {
     fn into_comm(mut self) -> Box<dyn Communicator> {
         self.graphs = super::Graphs::default();
         if let Reduce::Nccl(nccl) = std::mem::replace(&mut self.reduce, Reduce::Alone) {
+            self.comm.guard(Some(super::LEAVING));
             nccl.finish();
+            self.comm.guard(None);
         }
         self.comm
     }
