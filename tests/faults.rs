@@ -9,7 +9,7 @@ use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{Run, mpirun, signal};
+use common::{Run, mpirun, signal, until};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -40,11 +40,22 @@ fn a_killed_rank_ends_all_in_decode() {
     }
 }
 
+/// Names of a process's threads.
+fn threads(pid: u32) -> Vec<String> {
+    let all = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    all.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok()).collect()
+}
+
+/// From when the ranks have begun to load. What becomes of a rank that is killed before, while it still
+/// connects to mpirun, is mpirun's doing: 4.1's can hang in its own finalisation when all ranks are gone.
 #[test]
 fn a_killed_rank_ends_all_while_loading_and_in_prefill() {
     for (pause, prompt) in [(0, SHORT.to_string()), (60, "x = 1\n".repeat(900))] {
-        let run = start(2, &["--step-tokens", "64"], &prompt);
+        let run = start(2, &["--step-tokens", "64", "--threads", "2"], &prompt);
         let ranks = run.all(2);
+        // Its threads are there from just before it reads the weights to its end.
+        let loads = |pid: &u32| threads(*pid).iter().any(|name| name.starts_with("gqla-cpu-"));
+        until("the ranks load", Duration::from_secs(60), || ranks.iter().all(loads));
         std::thread::sleep(Duration::from_millis(pause));
         signal(ranks[1], "KILL");
         let (_, stderr) = run.ends(&ranks, LIMIT);

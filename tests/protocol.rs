@@ -1,9 +1,10 @@
 //! The protocol between the coordinator and the workers, explored exhaustively: the real loops of 2 and 3 ranks over
-//! the threads communicator, with two requests and a cancellation arriving at every pair of moments that differ for
-//! the coordinator, and a rank lost before every operation. In every run: the same order of operations on every rank,
-//! one end a stream, and nobody waits for ever.
+//! the threads communicator, with two requests and a cancellation arriving at every pair of moments, and a rank lost
+//! before every operation of every history. In every run: the same order of operations on every rank, one end a stream,
+//! and nobody waits for ever.
 
 use std::collections::{HashSet, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,13 @@ type Log = Arc<Mutex<Vec<String>>>;
 /// Commands that arrive while rank 0 is in its n-th operation, sorted.
 type Script = Vec<(usize, Action)>;
 
+/// A world that is explored: its ranks, and whether their steps overlap.
+type World = (usize, bool);
+const WORLDS: [World; 4] = [(2, false), (2, true), (3, false), (3, true)];
+
+/// A rank that waits this long has been forgotten.
+const WATCHDOG: Duration = Duration::from_secs(60);
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Action {
     Submit(u64),
@@ -30,10 +38,21 @@ enum Action {
     Drain,
 }
 
+/// A moment at which commands arrive or a rank is lost.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Moment {
+    Broadcast,
+    Other,
+    Collection,
+}
+
 /// A communicator that counts its operations, notes them, delivers commands, and is lost before a given one.
 struct Watched {
     inner: Box<dyn Communicator>,
     log: Log,
+    /// Of every operation, and on rank 0 of every collection of a step: whether it was a broadcast, the only thing before
+    /// which the coordinator takes commands.
+    moments: Arc<Mutex<Vec<Moment>>>,
     count: usize,
     lost_at: Option<usize>,
     deliver: Option<Box<dyn FnMut(usize) + Send>>,
@@ -41,13 +60,12 @@ struct Watched {
 
 impl Watched {
     fn before(&mut self, what: String) -> Result<()> {
-        self.moment()?;
+        self.moment(if what == "broadcast" { Moment::Broadcast } else { Moment::Other })?;
         self.log.lock().unwrap().push(what);
         Ok(())
     }
 
-    /// A moment at which commands arrive or the rank is lost.
-    fn moment(&mut self) -> Result<()> {
+    fn moment(&mut self, kind: Moment) -> Result<()> {
         if self.lost_at == Some(self.count) {
             return Err(Error::Interrupted);
         }
@@ -55,6 +73,7 @@ impl Watched {
             deliver(self.count);
         }
         self.count += 1;
+        self.moments.lock().unwrap().push(kind);
         Ok(())
     }
 }
@@ -130,7 +149,7 @@ impl Run for Rank {
         Ok(())
     }
     fn collect(&mut self) -> Result<Outputs> {
-        self.comm.moment()?;
+        self.comm.moment(Moment::Collection)?;
         let tokens = self.launched.pop_front().ok_or_else(|| Error::Internal("nothing was launched".into()))?;
         Ok(Outputs { tokens, logits: vec![] })
     }
@@ -157,25 +176,29 @@ impl Run for Rank {
 
 /// What came of a run.
 struct Outcome {
-    operations: usize,
+    /// Rank 0's.
+    moments: Vec<Moment>,
     logs: Vec<Vec<String>>,
     results: Vec<Result<()>>,
 }
 
-/// Runs a world with a script, its steps overlapping or not, and `lost`: this rank is lost before its n-th operation.
-fn run(world: usize, overlaps: bool, script: &Script, lost: Option<(usize, usize)>) -> Outcome {
+/// Runs a world with a script, and `lost`: this rank is lost before its n-th moment.
+fn run((world, overlaps): World, script: &Script, lost: Option<(usize, usize)>) -> Outcome {
+    let moments: Arc<Mutex<Vec<Moment>>> = Arc::default();
     let logs: Vec<Log> = (0..world).map(|_| Log::default()).collect();
     let mut ranks = threads::world(world).into_iter().enumerate().map(|(rank, mut end)| {
-        end.set_watchdog(Duration::from_secs(20));
+        end.set_watchdog(WATCHDOG);
         let lost_at = lost.filter(|l| l.0 == rank).map(|l| l.1);
-        let comm = Watched { inner: Box::new(end), log: logs[rank].clone(), count: 0, lost_at, deliver: None };
+        let moments = if rank == 0 { moments.clone() } else { Arc::default() };
+        let log = logs[rank].clone();
+        let comm = Watched { inner: Box::new(end), log, moments, count: 0, lost_at, deliver: None };
         Rank { comm, overlaps, launched: VecDeque::new(), last: 0 }
     });
     let mut first = ranks.next().unwrap();
     let workers: Vec<_> = ranks
         .map(|mut rank| {
             std::thread::spawn(move || {
-                let result = worker::serve(&mut rank, Duration::from_secs(20));
+                let result = worker::serve(&mut rank, WATCHDOG);
                 match &result {
                     Ok(()) => Box::new(rank).finish()?,
                     // A lost rank says nothing: it is gone.
@@ -225,11 +248,8 @@ fn run(world: usize, overlaps: bool, script: &Script, lost: Option<(usize, usize
         assert_eq!((s.free_blocks, s.running, s.waiting), (8, 0, 0), "{script:?}: something is held for ever");
     }
     let logs: Vec<Vec<String>> = logs.iter().map(|l| l.lock().unwrap().clone()).collect();
-    // Rank 0 can be lost in a step's collection too.
-    let is_operation = |entry: &&String| {
-        entry.starts_with("all-") || entry.starts_with("step ") || ["broadcast", "barrier"].contains(&entry.as_str())
-    };
-    Outcome { operations: logs[0].iter().filter(is_operation).count(), logs, results }
+    let moments = moments.lock().unwrap().clone();
+    Outcome { moments, logs, results }
 }
 
 fn act(
@@ -242,13 +262,13 @@ fn act(
         Action::Submit(id) => {
             let (events, stream) = async_channel::bounded(8);
             streams.lock().unwrap().push(stream);
-            shared.outstanding.fetch_add(1, std::sync::atomic::Ordering::AcqRel);
+            shared.outstanding.fetch_add(1, Ordering::AcqRel);
             // The first needs two chunks before its first token; the second decodes at once.
             let request = Request { prompt: vec![1; if id == 1 { 6 } else { 2 }], max_tokens: 3, ..Request::default() };
             Command::Submit(Box::new(Job { id, request, events, submitted: Instant::now(), start: Arc::default() }))
         }
         Action::Cancel(id) => Command::Cancel(id),
-        Action::Drain => Command::Drain(Instant::now() + Duration::from_secs(20)),
+        Action::Drain => Command::Drain(Instant::now() + WATCHDOG),
     };
     // The coordinator may have ended already.
     let _ = commands.send(command);
@@ -286,50 +306,99 @@ fn scripts() -> Vec<Script> {
     all
 }
 
+/// Runs `task` for every item, many at once: a run mostly waits for its own threads.
+fn at_once<T: Sync>(items: &[T], task: impl Fn(&T) + Sync) {
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    task(item);
+                }
+            });
+        }
+    });
+}
+
+/// Every script in every world, with what comes of it.
+fn explore(task: impl Fn(World, &Script, Outcome) + Sync) {
+    let all: Vec<(World, Script)> = WORLDS.iter().flat_map(|w| scripts().into_iter().map(|s| (*w, s))).collect();
+    at_once(&all, |(world, script)| {
+        let outcome = run(*world, script, None);
+        assert!(outcome.results.iter().all(Result::is_ok), "{script:?}: {:?}", outcome.results);
+        task(*world, script, outcome);
+    });
+}
+
 #[test]
 fn every_arrival_and_cancel_keeps_the_ranks_in_step() {
-    let mut seen = HashSet::new();
-    for (world, overlaps) in [(2, false), (2, true), (3, true)] {
-        for script in scripts() {
-            let outcome = run(world, overlaps, &script, None);
-            assert!(outcome.results.iter().all(Result::is_ok), "{script:?}: {:?}", outcome.results);
-            same_order(&outcome);
-            assert!(outcome.logs.iter().all(|l| l.len() == outcome.logs[0].len()), "{script:?}");
-            seen.insert((overlaps, outcome.logs[0].clone()));
-        }
-    }
+    let seen = Mutex::new(HashSet::new());
+    explore(|world, script, outcome| {
+        same_order(&outcome);
+        assert!(outcome.logs.iter().all(|l| l.len() == outcome.logs[0].len()), "{script:?}");
+        seen.lock().unwrap().insert((world.1, outcome.logs[0].clone()));
+    });
     for overlaps in [false, true] {
-        let histories = seen.iter().filter(|s| s.0 == overlaps).count();
+        let histories = seen.lock().unwrap().iter().filter(|s| s.0 == overlaps).count();
         assert!(histories > 50, "only {histories} different histories, overlapping: {overlaps}");
     }
 }
 
+/// A rank to be lost, and the moment of rank 0's at which that is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Loss {
+    rank: usize,
+    /// Of the rank's own moments.
+    at: usize,
+    moment: usize,
+}
+
+/// Rank 0 needs every rank in every operation but a broadcast: so many moments after another's loss it has ended.
+const AFTER: usize = 3;
+
+/// Every loss in a run that has these moments. Another rank has all of rank 0's but the collections.
+fn losses(world: usize, moments: &[Moment]) -> Vec<Loss> {
+    let mut all = vec![];
+    for rank in 0..world {
+        let own = (0..moments.len()).filter(|m| rank == 0 || moments[*m] != Moment::Collection);
+        all.extend(own.enumerate().map(|(at, moment)| Loss { rank, at, moment }));
+    }
+    all
+}
+
+/// What a loss finds: of two scripts in which this is the same, one is enough.
+///
+/// The coordinator takes commands before a broadcast, so before the last one that is surely over when the rank is lost
+/// it only counts between which broadcasts a command has come; from there on, in which moment. What comes when rank 0
+/// has ended never comes.
+fn found(script: &Script, moments: &[Moment], loss: Loss) -> Vec<(usize, Action)> {
+    let broadcast = |m: &usize| moments[*m] == Moment::Broadcast;
+    let settled = (0..loss.moment.saturating_sub(1)).rev().find(broadcast).unwrap_or(0);
+    let taken = |at: usize| (at + 1..=settled).find(broadcast).unwrap_or(at);
+    script.iter().filter(|(at, _)| *at <= loss.moment + AFTER).map(|(at, action)| (taken(*at), *action)).collect()
+}
+
 #[test]
 fn a_rank_lost_before_any_operation_ends_all_in_order() {
-    let mut losses = 0;
-    for (world, overlaps) in [(2, false), (2, true), (3, true)] {
-        // A script for every history among a fifth of all scripts; every operation of every rank.
-        let mut histories = HashSet::new();
-        for script in scripts().into_iter().step_by(5) {
-            let whole = run(world, overlaps, &script, None);
-            if !histories.insert(whole.logs[0].clone()) {
-                continue;
-            }
-            for rank in 0..world {
-                for at in 0..whole.operations {
-                    let begin = Instant::now();
-                    let outcome = run(world, overlaps, &script, Some((rank, at)));
-                    same_order(&outcome);
-                    let reached = matches!(outcome.results[rank], Err(Error::Interrupted));
-                    losses += usize::from(reached);
-                    let failed = outcome.results.iter().filter(|r| r.is_err()).count();
-                    // A rank that gets past its last operation before it is lost is not missed.
-                    assert!(!reached || failed == world, "{script:?} {rank}@{at}: {:?}", outcome.results);
-                    assert!(begin.elapsed() < Duration::from_secs(10), "{script:?} {rank}@{at}: a rank hung");
-                }
+    let seen = Mutex::new(HashSet::new());
+    let all = Mutex::new(vec![]);
+    explore(|world, script, whole| {
+        for loss in losses(world.0, &whole.moments) {
+            if seen.lock().unwrap().insert((world, loss, found(script, &whole.moments, loss))) {
+                all.lock().unwrap().push((world, script.clone(), loss));
             }
         }
-    }
-    eprintln!("{losses} losses");
-    assert!(losses > 5000, "only {losses} losses were tried");
+    });
+    let all = all.into_inner().unwrap();
+    at_once(&all, |(world, script, loss)| {
+        let begin = Instant::now();
+        let outcome = run(*world, script, Some((loss.rank, loss.at)));
+        same_order(&outcome);
+        assert!(outcome.results.iter().all(Result::is_err), "{script:?} {loss:?}: {:?}", outcome.results);
+        assert!(matches!(outcome.results[loss.rank], Err(Error::Interrupted)), "{script:?} {loss:?}");
+        assert!(outcome.moments.len() <= loss.moment + AFTER, "{script:?} {loss:?}: {:?}", outcome.moments);
+        assert!(begin.elapsed() < WATCHDOG / 2, "{script:?} {loss:?}: a rank hung");
+    });
+    eprintln!("{} losses", all.len());
+    assert!(all.len() > 10_000, "only {} losses were tried", all.len());
 }
