@@ -66,6 +66,11 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) one_shot_add_norm(con
   const u32 flag = a.calls[row] + 1;
   const size_t half = (size_t)(flag & 1) * a.world;
   auto slot = [&](int to, int from) { return a.slots[to] + ((half + from) * a.max_rows + row) * (WIDTH * 4); };
+  // A warp's 16-byte pieces lie side by side, first the lower halves of its vectors: what a warp stores in one go is
+  // contiguous, and travels as whole packets.
+  const int lane = threadIdx.x % 32;
+  auto place = [&](int col) { return (col - lane * VEC) * 4 + lane * 16; };
+  auto upper = [&](int col) { return min(32, (WIDTH - (col - lane * VEC)) / VEC) * 16; };
 
 #pragma unroll
   for (int i = 0; i < PER; i++) {
@@ -74,9 +79,9 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) one_shot_add_norm(con
     mine[i] = *(const uint4*)(a.partial + row * WIDTH + col);
     for (int p = 1; p < a.world; p++) {
       const int to = (a.rank + p) % a.world;
-      u8* at = slot(to, a.rank) + col * 4;
+      u8* at = slot(to, a.rank) + place(col);
       push(at, mine[i].x, mine[i].y, flag);
-      push(at + 16, mine[i].z, mine[i].w, flag);
+      push(at + upper(col), mine[i].z, mine[i].w, flag);
     }
   }
 #pragma unroll
@@ -90,8 +95,8 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) one_shot_add_norm(con
     for (int from = 0; from < a.world; from++) {
       uint4 q = mine[i];
       if (from != a.rank) {
-        const u8* at = slot(a.rank, from) + col * 4;
-        const uint2 lo = pull(at, flag, from, a.stop), hi = pull(at + 16, flag, from, a.stop);
+        const u8* at = slot(a.rank, from) + place(col);
+        const uint2 lo = pull(at, flag, from, a.stop), hi = pull(at + upper(col), flag, from, a.stop);
         q = make_uint4(lo.x, lo.y, hi.x, hi.y);
       }
       const u32 words[4] = {q.x, q.y, q.z, q.w};
