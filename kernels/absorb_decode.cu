@@ -157,10 +157,9 @@ DEVICE bool mbar_test(u32 bar, u32 parity) {
 DEVICE void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// Named barriers: P of buffer 0, 1 is there; a warpgroup's own; both warpgroups'.
+// Named barriers: P of buffer 0, 1 is there; both warpgroups'.
 #define NB_P(buf) (1 + (buf))
-#define NB_WG(w) (3 + (w))
-#define NB_BOTH 5
+#define NB_BOTH 3
 
 DEVICE void stmatrix4(u32 addr, const u32* r) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(r[0]), "r"(r[1]),
@@ -200,14 +199,19 @@ DEVICE bool next_segment(const AbsorbParams& p, Work& w, Segment& s) {
 // own half of V, which is freed first, the other half, the rope.
 DEVICE u32 panel_at(u32 w, int i) { return i == 8 ? 8 : 4 * (i < 4 ? w : w ^ 1) + (i & 3); }
 
-// One block into its buffer; each half as soon as its last reader is done.
-DEVICE void load_block(u32 smem, u32 g, const u16* block, u64 policy) {
+// What stands in for slots past the end, which may hold NaN: 0 * NaN is NaN.
+__device__ __align__(128) u8 absorb_zeros[PANEL];
+
+// One block, of which `valid` slots are filled, into its buffer; each half as soon as its last reader is done.
+DEVICE void load_block(u32 smem, u32 g, const u16* block, int valid, u64 policy) {
   u32 buf = g & 1, kv = smem + SM_KV + buf * TILE_BYTES;
 #pragma unroll
   for (int i = 0; i < PANELS; i++) {
     u32 panel = panel_at(buf, i);
     if ((i == 0 || i == 4) && g >= 2) mbar_wait(smem + BAR_EMPTY(buf, i == 0 ? buf : buf ^ 1), ((g >> 1) & 1) ^ 1);
-    bulk_load_hint(kv + panel * PANEL, (const char*)block + panel * PANEL, PANEL, smem + BAR_FULL(buf, panel), policy);
+    const u32 at = kv + panel * PANEL, bytes = valid * 128, full = smem + BAR_FULL(buf, panel);
+    bulk_load_hint(at, (const char*)block + panel * PANEL, bytes, full, policy);
+    if (bytes < PANEL) bulk_load_hint(at + bytes, absorb_zeros, PANEL - bytes, full, policy);
   }
 }
 
@@ -264,7 +268,7 @@ DEVICE void produce(const AbsorbParams& p, u32 smem, int team, int tile, int lan
         if (lane < PANELS) prefetch_bulk(p.cache + (i64)id * (BLOCK * DIM) + lane * (PANEL / 2), PANEL);
         wait();
       }
-      if (lane == 0) load_block(smem, g, p.cache + (i64)id * (BLOCK * DIM), policy);
+      if (lane == 0) load_block(smem, g, p.cache + (i64)id * (BLOCK * DIM), min(64, s.len - (s.begin + k) * 64), policy);
       __syncwarp();
       if (k == (n > 1 ? 1 : 0)) { // the first blocks are on their way: now the queries
         wait();
@@ -331,18 +335,6 @@ DEVICE void issue_s_release(const Consumer& c, float (&s)[32], u32 g, int buf, i
     release(c, buf, half);
   }
   issue_s<FIRST + 1, COUNT - 1>(c, s, g);
-}
-
-// Slots past the end may hold NaN, and 0 * NaN is NaN: clear this warpgroup's V there.
-DEVICE void clear_tail(const Consumer& c, u32 kv, int valid) {
-  int t = c.warp * 32 + c.lane;
-  for (int i = valid * 8 + t; i < 64 * 8; i += 128)
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(kv + (4 * c.w + j) * PANEL + i * 16), "r"(0)
-                   : "memory");
-  fence_proxy_async();
-  named_barrier(NB_WG(c.w), 128);
 }
 
 DEVICE void rescale(Consumer& c, float (&o)[128], float m0, float m1) {
@@ -421,13 +413,12 @@ DEVICE void publish(const Consumer& c, const u32 (&a)[16]) {
 }
 
 // Waits for the other warpgroup's P and takes over its maximum.
-DEVICE void accept(Consumer& c, float (&o)[128], int token, int len) {
+DEVICE void accept(Consumer& c, float (&o)[128]) {
   named_barrier(NB_P(c.w ^ 1), 256);
   u32 m = c.smem + SM_MAX + ((c.w ^ 1) * 64 + c.warp * 16 + (c.lane >> 2)) * 4;
   float m0, m1;
   asm volatile("ld.shared.f32 %0, [%2];\n ld.shared.f32 %1, [%2 + 32];" : "=f"(m0), "=f"(m1) : "r"(m) : "memory");
   rescale(c, o, m0, m1);
-  if (token + 64 > len) clear_tail(c, c.smem + SM_KV + (c.w ^ 1) * TILE_BYTES, len - token);
 }
 
 // Between lanes `lanes` apart: the lower keeps a and gets the other's a as b, the
@@ -523,7 +514,6 @@ DEVICE void consume(const AbsorbParams& p, u32 smem, int team, int row0, int w) 
       int token = (seg.begin + k) * 64;
       if (k >= 0) {
         softmax(c, s, o, a, scale, token, len, row0);
-        if (token + 64 > len) clear_tail(c, smem + SM_KV + w * TILE_BYTES, len - token);
         issue_own(c, o, a);
         publish(c, a);
         wgmma_wait<0>();
@@ -532,7 +522,7 @@ DEVICE void consume(const AbsorbParams& p, u32 smem, int team, int row0, int w) 
       }
       if (k + 2 < n) {
         issue_s<0, 4>(c, s, g0 + k + 2); // runs while the other is at its softmax
-        accept(c, o, token + 64, len);
+        accept(c, o);
         issue_other(c, o);
         issue_s_release<4, 5>(c, s, g0 + k + 2, w ^ 1, w);
         settle(o);
@@ -541,7 +531,7 @@ DEVICE void consume(const AbsorbParams& p, u32 smem, int team, int row0, int w) 
         k += 2;
       } else { // no more of its own
         if (k + 1 < n) {
-          accept(c, o, token + 64, len);
+          accept(c, o);
           issue_other(c, o);
           wgmma_wait<0>();
           settle(o);
