@@ -2,17 +2,21 @@
 // through once, at memory speed, as the columns of wgmma; the rows of x are its 64 rows,
 // of which those past ROWS hold whatever follows in shared memory and are not written.
 //
-// Every CTA has an equal share of W's rows over the whole reduction; x comes from L2.
-// (A cluster whose CTAs bring parts of x to one another was no faster on an H200.) One
-// thread keeps a ring of stages full with the tensor copy engine, weights before the
-// launch that this one depends on has ended, x after; a warpgroup multiplies.
+// Every cluster has an equal share of W's rows, its CTAs each a part of the reduction, and
+// so of x, which comes from L2 and would else be most of what a multiprocessor takes in;
+// then each adds up a part of the columns. (A cluster whose CTAs bring parts of x to one
+// another was no faster on an H200.) One thread keeps a ring of stages full with the tensor
+// copy engine, weights before the launch that this one depends on has ended, x after; a
+// warpgroup multiplies.
 //
 // -D ROWS     rows of x rounded up to 8, at most 64
 //    COLUMNS  W's rows of a pass, a multiple of 8; at most 256, or gated 128 (of gate and of up each)
 //    PASSES   of a CTA
+//    SPLIT    CTAs of a cluster: parts of the reduction, each of a stage at least; more than 1 with one pass only,
+//             and COLUMNS a multiple of 8 SPLIT. Default 1
 //    GATED    1: w [2 * n, k], gate rows first; out = silu(gate) * up. Default 0
 //    OUT_F32  1 for f32 output (logits). Default 0: bf16
-// stream_product: grid ceil(n / (COLUMNS * PASSES)); block STREAM_THREADS; dynamic shared memory STREAM_SMEM
+// stream_product: grid SPLIT * ceil(n / (COLUMNS * PASSES)); block STREAM_THREADS; dynamic shared memory STREAM_SMEM
 // k % 8 == 0; w, x and the strides at 16 bytes.
 
 #ifndef GATED
@@ -20,6 +24,9 @@
 #endif
 #ifndef OUT_F32
 #define OUT_F32 0
+#endif
+#ifndef SPLIT
+#define SPLIT 1
 #endif
 
 struct alignas(64) TensorMap {
@@ -43,15 +50,19 @@ constexpr int PANEL = 64;                             // columns of the reductio
 constexpr int TILE = COLUMNS * (GATED ? 2 : 1);       // rows of W in a pass
 constexpr int X_BYTES = ROWS * 128, W_BYTES = TILE * 128;
 constexpr int PANEL_BYTES = X_BYTES + W_BYTES;
-constexpr int STREAM_ROOM = 198 * 1024;               // wgmma reads up to 7 KiB past the last stage's x
+constexpr int UNITS = COLUMNS / 8 / SPLIT;            // of 8 columns, that a CTA writes in a pass
+constexpr int SLICE = UNITS * (GATED ? 2 : 1);        // sums of 8 columns that it adds up for that
+constexpr int PARTS_BYTES = SPLIT > 1 ? SPLIT * SLICE * 128 * 16 : 0;
+constexpr int STREAM_ROOM = 198 * 1024 - PARTS_BYTES; // wgmma reads up to 7 KiB past the last stage's x
 // Panels of a stage: as many as make it some 32 KiB, for a stage costs both sides a wait.
 constexpr int PANELS = PANEL_BYTES <= 10 * 1024 ? 4 : PANEL_BYTES <= 20 * 1024 ? 2 : 1;
 constexpr int STAGE_BYTES = PANELS * PANEL_BYTES;
 constexpr int STAGES = STREAM_ROOM / STAGE_BYTES > 12 ? 12 : STREAM_ROOM / STAGE_BYTES;
 constexpr int STREAM_THREADS = 128 + 32;
-constexpr int STREAM_SMEM = STAGES * STAGE_BYTES + 8 * 1024;
+constexpr int STREAM_SMEM = STAGES * STAGE_BYTES + PARTS_BYTES + 8 * 1024;
 
-static_assert(ROWS % 8 == 0 && ROWS <= 64 && COLUMNS % 8 == 0 && TILE <= 256 && STAGES >= 2, "tiles");
+static_assert(ROWS % 8 == 0 && ROWS <= 64 && COLUMNS % (8 * SPLIT) == 0 && TILE <= 256 && STAGES >= 2, "tiles");
+static_assert(SPLIT == 1 || PASSES == 1, "a CTA's sums have one place");
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 
@@ -122,12 +133,24 @@ DEVICE u64 matrix(u32 addr) { return (1ull << 62) | (64ull << 32) | (1ull << 16)
 
 DEVICE float silu(float x) { return x / (1.f + exp2_fast(-LOG2E * x)); }
 
+// This CTA's part of the reduction, in stages.
+struct Part {
+  int cluster, rank, first, stages;
+  DEVICE_MEMBER Part(int k) {
+    const int all = ceil_div(k, PANEL * PANELS);
+    cluster = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT;
+    first = all * rank / SPLIT, stages = all * (rank + 1) / SPLIT - first;
+  }
+};
+
 // The thread that loads. A stage holds x's panels, then W's.
 DEVICE void load(const TensorMap& w, const TensorMap& x, const StreamProduct& a, u32 base, u32 full, u32 empty) {
   const u64 once = l2_evict_first(), often = l2_evict_last();
-  const int stages = ceil_div(a.k, PANEL * PANELS), all = stages * PASSES;
+  const Part part(a.k);
+  const int all = part.stages * PASSES;
+  auto column = [&](int n) { return (part.first + n % part.stages) * PANEL * PANELS; };
   auto weights = [&](int n) {
-    const int row = (blockIdx.x * PASSES + n / stages) * COLUMNS, col = n % stages * PANEL * PANELS;
+    const int row = (part.cluster * PASSES + n / part.stages) * COLUMNS, col = column(n);
     const u32 dst = base + n % STAGES * STAGE_BYTES + PANELS * X_BYTES, bar = full + n % STAGES * 8;
     mbar_arrive_expect(bar, STAGE_BYTES);
 #pragma unroll
@@ -137,7 +160,7 @@ DEVICE void load(const TensorMap& w, const TensorMap& x, const StreamProduct& a,
     }
   };
   auto rows = [&](int n) {
-    const int col = n % stages * PANEL * PANELS;
+    const int col = column(n);
     const u32 dst = base + n % STAGES * STAGE_BYTES, bar = full + n % STAGES * 8;
 #pragma unroll
     for (int p = 0; p < PANELS; p++) tensor_load(dst + p * X_BYTES, x, col + p * PANEL, 0, bar, often);
@@ -158,12 +181,14 @@ DEVICE void store(float* p, float v0, float v1) { *(float2*)p = make_float2(v0, 
 DEVICE void store(u16* p, float v) { *p = f32_to_bf16(v); }
 DEVICE void store(float* p, float v) { *p = v; }
 
-// A lane has two columns of every unit, in rows lane / 4 and lane / 4 + 8 of its warp's 16.
-DEVICE void write(const StreamProduct& a, const float (&d)[SUMS], int first) {
+// A lane has two columns of every unit, in rows lane / 4 and lane / 4 + 8 of its warp's 16. `d`: UNITS units from column
+// `first` on, where gated then as many of up.
+template <int N>
+DEVICE void write(const StreamProduct& a, const float (&d)[N], int first) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
   const bool pairs = (a.n | a.out_stride) % 2 == 0;
 #pragma unroll
-  for (int u = 0; u < COLUMNS / 8; u++) {
+  for (int u = 0; u < UNITS; u++) {
     const int col = first + u * 8 + lane % 4 * 2;
     float bias[2] = {0.f, 0.f}, bias_up[2] = {0.f, 0.f};
     if (a.bias) {
@@ -180,7 +205,7 @@ DEVICE void write(const StreamProduct& a, const float (&d)[SUMS], int first) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         v[i] = d[u * 4 + half * 2 + i] + bias[i];
-        if (GATED) v[i] = silu(v[i]) * (d[(COLUMNS / 8 + u) * 4 % SUMS + half * 2 + i] + bias_up[i]);
+        if (GATED) v[i] = silu(v[i]) * (d[(UNITS + u) * 4 % N + half * 2 + i] + bias_up[i]);
       }
       if (r >= a.rows || col >= a.n) continue;
       auto* to = a.out + (size_t)r * a.out_stride + col;
@@ -194,8 +219,39 @@ DEVICE void write(const StreamProduct& a, const float (&d)[SUMS], int first) {
   }
 }
 
-DEVICE void compute(const StreamProduct& a, u32 base, u32 full, u32 empty) {
-  const int stages = ceil_div(a.k, PANEL * PANELS), lane = threadIdx.x % 32;
+// Gives every CTA of the cluster the units that it writes, and adds up its own, in the order of the parts.
+// parts: float4 [SPLIT, SLICE, 128] for this CTA, a unit's sums as the thread holds them.
+DEVICE void exchange(const float (&d)[SUMS], float (&sum)[SLICE * 4], const u8* parts, int rank) {
+  const u32 own = smem_addr(parts) + (rank * SLICE * 128 + threadIdx.x) * 16;
+  cluster_wait();  // all are there to be written to
+#pragma unroll
+  for (int to = 0; to < SPLIT; to++) {
+    const u32 there = cluster_addr(own, to);
+#pragma unroll
+    for (int i = 0; i < SLICE; i++) {
+      const int u = i / UNITS * (COLUMNS / 8) + to * UNITS + i % UNITS;
+      asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there + i * 128 * 16), "f"(d[u * 4]),
+                   "f"(d[u * 4 + 1]), "f"(d[u * 4 + 2]), "f"(d[u * 4 + 3])
+                   : "memory");
+    }
+  }
+  cluster_arrive();
+  cluster_wait();
+#pragma unroll
+  for (int i = 0; i < SLICE; i++) {
+    float4 v = ((const float4*)parts)[i * 128 + threadIdx.x];
+#pragma unroll
+    for (int from = 1; from < SPLIT; from++) {
+      const float4 more = ((const float4*)parts)[(from * SLICE + i) * 128 + threadIdx.x];
+      v.x += more.x, v.y += more.y, v.z += more.z, v.w += more.w;
+    }
+    sum[i * 4] = v.x, sum[i * 4 + 1] = v.y, sum[i * 4 + 2] = v.z, sum[i * 4 + 3] = v.w;
+  }
+}
+
+DEVICE void compute(const StreamProduct& a, u32 base, u32 full, u32 empty, const u8* parts) {
+  const Part part(a.k);
+  const int lane = threadIdx.x % 32;
   int n = 0;
   auto release = [&](int stage) {
     if (lane == 0) mbar_arrive(empty + stage % STAGES * 8);
@@ -206,7 +262,7 @@ DEVICE void compute(const StreamProduct& a, u32 base, u32 full, u32 empty) {
     for (int c = 0; c < CHAINS; c++)
 #pragma unroll
       for (int i = 0; i < SUMS; i++) sums[c][i] = 0.f;
-    for (int i = 0; i < stages; i++, n++) {
+    for (int i = 0; i < part.stages; i++, n++) {
       mbar_wait(full + n % STAGES * 8, n / STAGES & 1);
       const u32 at = base + n % STAGES * STAGE_BYTES;
       wgmma_fence();
@@ -227,12 +283,25 @@ DEVICE void compute(const StreamProduct& a, u32 base, u32 full, u32 empty) {
     for (int c = 1; c < CHAINS; c++)
 #pragma unroll
       for (int i = 0; i < SUMS; i++) sums[0][i] += sums[c][i];
-    write(a, sums[0], (blockIdx.x * PASSES + pass) * COLUMNS);
+    const int first = (part.cluster * PASSES + pass) * COLUMNS;
+    if constexpr (SPLIT > 1) {
+      float sum[SLICE * 4];
+      exchange(sums[0], sum, parts, part.rank);
+      write(a, sum, first + part.rank * UNITS * 8);
+    } else {
+      write(a, sums[0], first);
+    }
   }
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)
+#if SPLIT > 1
+#define IN_CLUSTERS __cluster_dims__(SPLIT, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
+
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(STREAM_THREADS, 1)
     stream_product(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const StreamProduct a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
   extern __shared__ __align__(1024) u8 stream_shared[];
@@ -247,11 +316,14 @@ extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)
     mbar_init_fence();
   }
   __syncthreads();
+  if (SPLIT > 1) cluster_arrive();
   grid_launch_dependents();
   if (threadIdx.x < 128) {
-    compute(a, base, full, empty);
-  } else if (threadIdx.x == 128) {
-    load(w, x, a, base, full, empty);
+    compute(a, base, full, empty, stream_shared + (base - smem_addr(stream_shared)) + STAGES * STAGE_BYTES);
+  } else {
+    if (threadIdx.x == 128) load(w, x, a, base, full, empty);
+    __syncwarp();
+    if (SPLIT > 1) cluster_wait();
   }
 #endif
 }

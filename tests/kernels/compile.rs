@@ -57,11 +57,13 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
             add(&source::GEMV, vec![("ROWS", m), ("OUT_F32", 0)]);
             add(&source::GEMV, vec![("ROWS", m), ("OUT_F32", 1)]);
         }
-        for (n, gated, f32_out) in [(4096, 0, 0), (6144, 0, 0), (14336, 1, 0), (128256, 0, 1), (1003, 0, 1)] {
-            let cut = Cut::of(n, gated == 1, 132);
-            let (columns, passes) = (cut.columns as i64, cut.passes as i64);
+        for (n, gated, f32_out) in
+            [(1344, 0, 0), (4096, 0, 0), (6144, 0, 0), (7168, 1, 0), (128256, 0, 1), (1003, 0, 1)]
+        {
             for rows in [24, 64] {
-                let cut = vec![("ROWS", rows), ("COLUMNS", columns), ("PASSES", passes)];
+                let cut = Cut::of(n, 4096, rows, gated == 1, 132);
+                let (columns, passes, split) = (cut.columns as i64, cut.passes as i64, cut.split as i64);
+                let cut = vec![("ROWS", rows as i64), ("COLUMNS", columns), ("PASSES", passes), ("SPLIT", split)];
                 let constants = [cut, vec![("GATED", gated), ("OUT_F32", f32_out)]].concat();
                 add(&source::STREAM_PRODUCT, constants);
             }

@@ -177,12 +177,13 @@ impl CudaBackend {
         gated: bool,
         f32_out: bool,
     ) -> Result<()> {
-        let cut = Cut::of(columns, gated, self.gpu.info.multiprocessors);
         let height = rows.next_multiple_of(8);
+        let cut = Cut::of(columns, weight.cols, height, gated, self.gpu.info.multiprocessors);
         let constants = [
             ("ROWS", height as i64),
             ("COLUMNS", cut.columns as i64),
             ("PASSES", cut.passes as i64),
+            ("SPLIT", cut.split as i64),
             ("GATED", i64::from(gated)),
             ("OUT_F32", i64::from(f32_out)),
         ];

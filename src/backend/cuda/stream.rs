@@ -12,22 +12,48 @@ pub(crate) const ROWS: usize = 64;
 /// How a product is shared out over the multiprocessors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cut {
-    /// Output columns of a pass, a multiple of 8.
+    /// Output columns of a pass, a multiple of 8 times `split`.
     pub columns: usize,
-    /// Passes of a CTA.
+    /// Passes of a cluster; 1 where `split` is more than 1.
     pub passes: usize,
-    /// CTAs.
+    /// CTAs of a cluster, each with a part of the reduction.
+    pub split: usize,
+    /// CTAs, a multiple of `split`.
     pub grid: usize,
 }
 
 impl Cut {
-    /// `n` output columns over `multiprocessors` CTAs, in equal shares to 8 columns.
-    pub fn of(n: usize, gated: bool, multiprocessors: usize) -> Cut {
-        let share = n.div_ceil(8).div_ceil(multiprocessors);
+    /// `rows` rows by `n` output columns over a reduction of `k`, shared out so that the estimate of its time is least.
+    pub fn of(n: usize, k: usize, rows: usize, gated: bool, multiprocessors: usize) -> Cut {
+        let cuts = [1, 2, 4].map(|split| Cut::split(n, gated, multiprocessors, split));
+        let fit = cuts.into_iter().filter(|c| c.fits(k, gated, multiprocessors));
+        fit.min_by(|a, b| a.seconds(n, k, rows, gated).total_cmp(&b.seconds(n, k, rows, gated))).unwrap_or(cuts[0])
+    }
+
+    /// Equal shares to 8 columns for clusters of `split` CTAs.
+    fn split(n: usize, gated: bool, multiprocessors: usize, split: usize) -> Cut {
+        // A group of multiprocessors has 16 or 18: clusters of 4 leave some of them out.
+        let clusters = if split == 4 { multiprocessors * 10 / 11 / 4 } else { multiprocessors / split };
+        let share = n.div_ceil(8).div_ceil(clusters.max(1)).next_multiple_of(split);
         // wgmma has 256 columns; somewhat fewer leave room for more stages.
-        let passes = share.div_ceil(if gated { 15 } else { 28 });
+        let passes = if split > 1 { 1 } else { share.div_ceil(if gated { 15 } else { 28 }) };
         let columns = 8 * share.div_ceil(passes);
-        Cut { columns, passes, grid: n.div_ceil(columns * passes) }
+        Cut { columns, passes, split, grid: split * n.div_ceil(columns * passes) }
+    }
+
+    /// Whether wgmma has the columns, the card the CTAs, and every part of the reduction a stage, of at most 256 elements.
+    fn fits(self, k: usize, gated: bool, multiprocessors: usize) -> bool {
+        let columns = if gated { 128 } else { 256 };
+        self.split == 1 || (self.columns <= columns && self.grid <= multiprocessors && k >= 256 * self.split)
+    }
+
+    /// What it takes, about, on an H200: a multiprocessor takes in some 76 GB/s of weights and x, memory gives some 4.2 TB/s,
+    /// and a cluster of two adds up its parts in a microsecond, one of four in half a microsecond more.
+    fn seconds(self, n: usize, k: usize, rows: usize, gated: bool) -> f64 {
+        let gates = 1 + usize::from(gated);
+        let taken = 2.0 * ((self.columns * gates + rows) * self.passes * k / self.split) as f64;
+        let read = 2.0 * (n * gates * k) as f64;
+        (taken / 76e9).max(read / 4.2e12) + [0.0, 1e-6, 1.5e-6][self.split / 2]
     }
 }
 
@@ -69,16 +95,29 @@ mod tests {
     use super::Cut;
 
     #[test]
-    fn every_column_has_one_cta_and_a_pass_fits_wgmma() {
-        for n in [8, 64, 1003, 1344, 4096, 6144, 14336, 128256, 154880] {
-            for gated in [false, true] {
-                for sms in [1, 80, 132] {
-                    let c = Cut::of(n, gated, sms);
-                    assert!(c.columns.is_multiple_of(8) && c.columns <= if gated { 128 } else { 256 }, "{n}: {c:?}");
-                    assert!(c.grid <= sms && c.grid * c.columns * c.passes >= n, "{n} on {sms}: {c:?}");
-                    assert!((c.grid - 1) * c.columns * c.passes < n, "{n}: a CTA of {c:?} has nothing to do");
-                }
+    fn every_column_has_one_cluster_and_a_pass_fits_wgmma() {
+        for n in [8, 64, 1003, 1344, 2048, 4096, 6144, 14336, 128256, 154880] {
+            for (gated, sms, k, rows) in [false, true].into_iter().flat_map(|gated| {
+                [1, 80, 132].into_iter().flat_map(move |sms| {
+                    [64, 512, 4096, 14336].into_iter().flat_map(move |k| [16, 64].map(|rows| (gated, sms, k, rows)))
+                })
+            }) {
+                let c = Cut::of(n, k, rows, gated, sms);
+                assert!(
+                    c.columns.is_multiple_of(8 * c.split) && c.columns <= if gated { 128 } else { 256 },
+                    "{n}: {c:?}"
+                );
+                assert!(c.grid <= sms && c.grid / c.split * c.columns * c.passes >= n, "{n} on {sms}: {c:?}");
+                assert!((c.grid / c.split - 1) * c.columns * c.passes < n, "{n}: a cluster of {c:?} has nothing to do");
+                assert!(c.split == 1 || (c.passes == 1 && k / 256 >= c.split), "{n}, {k}: {c:?}");
             }
         }
+    }
+
+    #[test]
+    fn where_x_is_most_of_what_comes_in_the_reduction_is_split() {
+        let split = |n, k, rows| Cut::of(n, k, rows, false, 132).split;
+        assert_eq!([split(4096, 7168, 64), split(1344, 2048, 64)].map(|s| s > 1), [true, true]);
+        assert_eq!([split(4096, 7168, 16), split(128_256, 4096, 64), split(2560, 768, 64)], [1, 1, 1]);
     }
 }
