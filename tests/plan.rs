@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 use gqla::Error;
 use gqla::config::ModelConfig;
 use gqla::model::shard::Path;
-use gqla::plan::cost::{distinct_experts, path_cost};
+use gqla::plan::cost::{distinct_experts, path_cost, spared_by_same_routing};
 use gqla::plan::{Bound, Choice, Hardware, Load, PathCost, choose, shapes};
 
 const LOAD: Load = Load { batch: 64, context: 8192, s_q: 1 };
@@ -195,6 +195,18 @@ fn experts_read_are_the_expected_distinct_ones() {
     assert_near(distinct_experts(&moe, 1), 4.0, 1e-9);
     assert_near(distinct_experts(&moe, 2), 64.0 - 60.0 * 60.0 / 64.0, 1e-9);
     assert!(distinct_experts(&moe, 512) > 63.99 && distinct_experts(&moe, 512) <= 64.0);
+}
+
+#[test]
+fn tokens_that_choose_the_same_experts_read_what_one_token_reads() {
+    let glm = model("glm-4.7-flash-gqla");
+    assert_near(spared_by_same_routing(&glm, 2, 1), 0.0, 1e-3);
+    let moe = glm.moe.clone().unwrap();
+    // 46 sparse layers; bf16, gate, up and down, half of each on a rank.
+    let expert = 2.0 * 3.0 * (glm.hidden * moe.width / 2) as f64;
+    let spared = 46.0 * expert * (distinct_experts(&moe, 64) - moe.top_k as f64);
+    assert_near(spared_by_same_routing(&glm, 2, 64) / spared, 1.0, 1e-9);
+    assert_eq!(spared_by_same_routing(&model("llama-3-8b"), 2, 64), 0.0);
 }
 
 #[test]

@@ -273,9 +273,14 @@ fn tally_attention(tally: &mut Tally, model: &ModelConfig, owned: &Owned, rows: 
     }
 }
 
+/// A rank's share of one expert, in elements.
+fn expert_elements(hidden: usize, moe: &Moe, world: usize) -> f64 {
+    (3 * hidden * moe.width.div_ceil(world)) as f64
+}
+
 fn tally_experts(tally: &mut Tally, hidden: usize, moe: &Moe, world: usize, rows: usize) {
     tally.product(hidden * moe.experts, rows); // the router, on every rank
-    let expert = (3 * hidden * moe.width.div_ceil(world)) as f64;
+    let expert = expert_elements(hidden, moe, world);
     tally.resident += WEIGHT * expert * moe.experts as f64;
     tally.read += WEIGHT * expert * distinct_experts(moe, rows);
     tally.flops += 2.0 * expert * (rows * moe.top_k) as f64;
@@ -286,6 +291,15 @@ fn tally_experts(tally: &mut Tally, hidden: usize, moe: &Moe, world: usize, rows
 pub fn distinct_experts(moe: &Moe, rows: usize) -> f64 {
     let experts = moe.experts as f64;
     experts * (1.0 - (1.0 - moe.top_k as f64 / experts).powf(rows as f64))
+}
+
+/// The bytes that a rank reads less in a step of `rows` rows when all tokens choose the same experts than when routing is
+/// balanced.
+pub fn spared_by_same_routing(model: &ModelConfig, world: usize, rows: usize) -> f64 {
+    let Some(moe) = &model.moe else { return 0.0 };
+    let layers = model.mlp.iter().filter(|m| matches!(m, Mlp::Sparse)).count();
+    let experts = distinct_experts(moe, rows) - moe.top_k as f64;
+    WEIGHT * expert_elements(model.hidden, moe, world) * layers as f64 * experts
 }
 
 fn attention_work(model: &ModelConfig, owned: &Owned, per_token: usize, load: &Load, hardware: &Hardware) -> Work {

@@ -161,7 +161,10 @@ fn measure(args: &Args, config: &Config, ranks: &mut Scorer, batches: &[usize], 
             let Measured { times, device, reduce } = steps(args, ranks, batch, context)?;
             let load = Load { batch, context, s_q: args.s_q as usize };
             let cost = bytes(&info.model, &info, world, &load, info.element)?;
-            let bytes = cost.weights.bytes + cost.attention.bytes;
+            let mut bytes = cost.weights.bytes + cost.attention.bytes;
+            if let Source::Dummy(_, Routing::Same) = &config.model {
+                bytes -= cost::spared_by_same_routing(&info.model, world, batch * load.s_q);
+            }
             let rate = bytes / times.median();
             let tokens = batch as f64 / times.median();
             table.add_row([
