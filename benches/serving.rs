@@ -138,11 +138,16 @@ fn refusals(address: SocketAddr) -> Result<(), Failure> {
         format!("{head}Authorization: Bearer {key}\r\nContent-Length: {}\r\n\r\n{body}", body.len())
     };
     let long = format!(r#"{{"prompt": {:?}, "temperature": -1}}"#, "x ".repeat(20_000));
+    let source = include_str!("../src/engine/coordinator.rs").repeat(3);
+    let beyond = |text: &str| post(KEY, &serde_json::json!({"prompt": text}).to_string());
     let cases = [
         ("401", post("wrong", r#"{"prompt": "x"}"#)),
         ("400 not JSON", post(KEY, "{")),
         ("400 a field", post(KEY, r#"{"prompt": "x", "temperature": -1}"#)),
         ("400 a field beside 40 KB", post(KEY, &long)),
+        ("400 40 KB of words beyond the context", beyond(&"x ".repeat(20_000))),
+        ("400 source code twice as long as the context", beyond(&source[..24_000])),
+        ("400 source code a tenth longer than the context", beyond(&source[..13_200])),
         ("404", post(KEY, r#"{"prompt": "x", "model": "other"}"#)),
         ("413", post(KEY, "").replace("Length: 0", "Length: 99999999")),
     ];

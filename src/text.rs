@@ -1,7 +1,11 @@
 //! Text to tokens and back. Detokenising is incremental and never yields half a character.
 
+mod fewest;
+
 use std::ops::Deref;
 use std::path::Path;
+
+use fewest::Fewest;
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -13,6 +17,7 @@ pub struct Tokenizer {
     bos: Option<u32>,
     /// How single tokens are written in the vocabulary.
     spelling: Spelling,
+    fewest: Option<Fewest>,
 }
 
 /// How a vocabulary spells the bytes of a token.
@@ -48,13 +53,25 @@ impl Tokenizer {
         let bos = if config["add_bos_token"] == false { None } else { model.bos };
         let decoder = serde_json::to_value(inner.get_decoder()).unwrap_or_default().to_string();
         let spelling = if decoder.contains("ByteLevel") { Spelling::ByteLevel } else { Spelling::Pieces };
-        Ok(Tokenizer { inner, bos, spelling })
+        let mut tokenizer = Tokenizer { inner, bos, spelling, fewest: None };
+        if spelling == Spelling::ByteLevel {
+            let description = serde_json::to_value(&tokenizer.inner).unwrap_or_default();
+            let ids = tokenizer.inner.get_vocab(true).into_values();
+            let tokens: Vec<Vec<u8>> = ids.map(|id| tokenizer.token_bytes(id)).collect();
+            tokenizer.fewest = Fewest::new(&description, &tokens);
+        }
+        Ok(tokenizer)
+    }
+
+    /// Tokens that a text has at least, without tokenising it, or `enough` of them; 0 where that cannot be told.
+    pub fn at_least(&self, text: &str, enough: usize) -> usize {
+        self.fewest.as_ref().map_or(0, |fewest| fewest.count(text, enough))
     }
 
     /// The prompt's token ids; special tokens written in the text are recognised.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoded =
-            self.inner.encode(text, true).map_err(|e| Error::Request(format!("the text has no tokens: {e}")))?;
+            self.inner.encode_fast(text, true).map_err(|e| Error::Request(format!("the text has no tokens: {e}")))?;
         let mut ids = encoded.get_ids().to_vec();
         if let Some(bos) = self.bos.filter(|bos| ids.first() != Some(bos)) {
             ids.insert(0, bos);
@@ -65,7 +82,7 @@ impl Tokenizer {
     /// The ids of `text` itself, without anything put before it.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
         let encoded =
-            self.inner.encode(text, false).map_err(|e| Error::Request(format!("the text has no tokens: {e}")))?;
+            self.inner.encode_fast(text, false).map_err(|e| Error::Request(format!("the text has no tokens: {e}")))?;
         Ok(encoded.get_ids().to_vec())
     }
 

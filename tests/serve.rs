@@ -198,6 +198,7 @@ fn every_bound_holds_at_plus_and_minus_one() {
     let cases: Vec<(&str, usize, Extra)> = vec![
         ("n", 4, Box::new(|n| json!({"n": n, "max_tokens": 1}))),
         ("prompt", 20, Box::new(|n| json!({"prompt": vec![5; n]}))),
+        ("prompt", 20, Box::new(|n| json!({"prompt": " x".repeat(n), "add_special_tokens": false}))),
         ("prompt", 3, Box::new(|n| json!({"prompt": vec!["x"; n]}))),
         ("max_tokens", 30, Box::new(|n| json!({"max_tokens": n}))),
         ("stop", 2, Box::new(|n| json!({"stop": vec!["@@"; n]}))),
@@ -256,6 +257,22 @@ fn the_context_is_a_bound_too() {
     }
     let r = s.post("/v1/completions", &json!({"prompt": vec![5; context + 1], "max_tokens": 1}));
     refused(&r, 400, "context");
+    // A text of words has a token each, which is told without tokenising it.
+    let words = |n: usize| " x".repeat(n);
+    let bos = s.post("/tokenize", &json!({"prompt": words(9)})).json()["count"].as_u64().unwrap() as usize - 9;
+    for (most, status) in [(7, 200), (8, 200), (9, 400)] {
+        let body = json!({"prompt": words(context - 8 - bos), "max_tokens": most, "temperature": 0});
+        let r = s.post("/v1/completions", &body);
+        assert_eq!(r.status, status, "{r:?}");
+    }
+    let far = words(10 * context);
+    for body in [json!({"prompt": far}), json!({"prompt": ["x", far]})] {
+        let r = s.post("/v1/completions", &body);
+        refused(&r, 400, "at least");
+        assert_eq!(r.json()["error"]["code"], "context_length_exceeded");
+    }
+    let messages = json!([{"role": "user", "content": far}]);
+    refused(&s.post("/v1/chat/completions", &json!({"messages": messages})), 400, "at least");
     s.stop();
 }
 

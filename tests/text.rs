@@ -57,3 +57,43 @@ fn prompts_begin_with_the_models_bos_once() {
         assert_eq!(tokenizer.encode(&format!("<|begin|>{text}")).unwrap(), ids, "{text:?}");
     }
 }
+
+#[test]
+fn a_text_never_has_fewer_tokens_than_are_told_without_tokenising_it() {
+    let tokenizer = tokenizer();
+    let held_out = std::fs::read(model::at("tests/data/held-out.u16")).unwrap();
+    let ids: Vec<u32> = held_out.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect();
+    let check = |text: &str| {
+        let (least, tokens) = (tokenizer.at_least(text, usize::MAX), tokenizer.encode_plain(text).unwrap().len());
+        assert!(least <= tokens && (least > 0 || text.is_empty()), "{least} of {tokens}: {text:?}");
+        assert_eq!(tokenizer.at_least(text, least), least);
+        assert!(least < 2 || tokenizer.at_least(text, least - 1) == least - 1);
+        (least, tokens)
+    };
+    let (mut told, mut real) = (0, 0);
+    for window in ids.chunks(100).take(400) {
+        let (least, tokens) = check(&tokenizer.decode(window).unwrap());
+        (told, real) = (told + least, real + tokens);
+    }
+    // Text as it comes: more than half of its tokens are told.
+    assert!(told * 2 > real, "{told} of {real}");
+    // Every token of the vocabulary alone is one; and neighbours, and what no text has.
+    let vocabulary: Vec<String> = (0..4096).filter_map(|id| tokenizer.decode(&[id]).ok()).collect();
+    for pair in vocabulary.chunks(2) {
+        check(&pair.concat());
+    }
+    let spaces = " ".repeat(300);
+    for text in
+        ["", "a", "<|user|>  <|begin|>x", "🚨🚨🚨🚨🚨", "\u{0}\u{10FFFF}é\u{301}", "x x x x", "@@@@@@@@@@", &spaces]
+    {
+        check(text);
+    }
+    let mut state = 1u64;
+    for length in 1..400 {
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            char::from_u32((state >> 33) as u32 % if length % 2 == 0 { 128 } else { 0x3000 }).unwrap()
+        };
+        check(&(0..length).map(|_| next()).collect::<String>());
+    }
+}

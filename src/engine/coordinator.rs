@@ -215,7 +215,7 @@ impl Coordinator {
 
     fn heartbeat(&mut self) -> Result<()> {
         if self.runner.comm().world() > 1 {
-            self.shared.beat_begins();
+            self.shared.beat_begins(false);
             self.tell(&Message::Heartbeat)?;
             self.runner.comm().barrier()?;
         }
@@ -279,7 +279,7 @@ impl Coordinator {
         let rows = step.tokens.len();
         let _span = tracing::debug_span!("step", number = step.number, rows, sequences = step.spans.len()).entered();
         if self.flying.is_none() {
-            self.shared.beat_begins();
+            self.shared.beat_begins(true);
         }
         let message = Message::Step(step);
         self.tell(&message)?;
@@ -321,7 +321,7 @@ impl Coordinator {
         let reduce = self.runner.reduce_time().unwrap_or_default();
         self.shared.beat_ends();
         if self.flying.is_some() {
-            self.shared.beat_begins();
+            self.shared.beat_begins(true);
         }
         self.shared.blocks(self.scheduler.blocks(), self.scheduler.counts());
         // Counted before anyone hears of the tokens, so that who has heard finds them counted.

@@ -60,8 +60,8 @@ pub struct Stats {
 pub struct Shared {
     stats: Mutex<Stats>,
     stopped: Mutex<Option<Error>>,
-    /// When the ranks were last asked for something that they have not answered yet.
-    asked: Mutex<Option<Instant>>,
+    /// When the ranks were last asked for something that they have not answered yet, and whether that is a step.
+    asked: Mutex<Option<(Instant, bool)>>,
     /// Requests submitted and not ended.
     pub outstanding: AtomicUsize,
     seeds: AtomicU64,
@@ -94,21 +94,25 @@ impl Shared {
     /// Whether every rank is heard of: the engine runs, and no answer is overdue. A step is overdue at twice the time of
     /// the slowest late one.
     pub fn answers(&self) -> bool {
-        let bound = PROMPT.max(2 * lock(&self.stats).slowest_step);
-        self.stopped().is_none() && self.unanswered() < bound
+        let in_time = lock(&self.asked).is_none_or(|(since, step)| {
+            let slow = if step { 2 * lock(&self.stats).slowest_step } else { Duration::ZERO };
+            since.elapsed() < PROMPT.max(slow)
+        });
+        in_time && self.stopped().is_none()
     }
 
     /// How long the ranks have owed an answer.
     pub fn unanswered(&self) -> Duration {
-        lock(&self.asked).map_or(Duration::ZERO, |t| t.elapsed())
+        lock(&self.asked).map_or(Duration::ZERO, |(since, _)| since.elapsed())
     }
 
     pub(super) fn stop(&self, why: Error) {
         lock(&self.stopped).get_or_insert(why);
     }
 
-    pub(super) fn beat_begins(&self) {
-        *lock(&self.asked) = Some(Instant::now());
+    /// The ranks are asked for a step, or only whether they are there.
+    pub(super) fn beat_begins(&self, step: bool) {
+        *lock(&self.asked) = Some((Instant::now(), step));
     }
 
     pub(super) fn beat_ends(&self) {
@@ -141,7 +145,10 @@ impl Shared {
         let mut s = lock(&self.stats);
         s.step_time += time;
         s.last_step = time;
-        s.slowest_step = time.max(s.slowest_step - s.slowest_step / 16);
+        // The first finds everything cold.
+        if s.steps > 1 {
+            s.slowest_step = time.max(s.slowest_step - s.slowest_step / 16);
+        }
     }
 
     pub(super) fn first_token(&self, after: Duration) {

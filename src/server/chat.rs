@@ -59,6 +59,7 @@ pub async fn create(State(server): State<Shared>, Json(request): Json<ChatReques
         request.messages.clone(),
         request.add_generation_prompt.unwrap_or(true),
         request.chat_template_kwargs.clone().unwrap_or_default(),
+        move |server, text| submit::check_text(server, text, max_tokens),
     )
     .await?;
     let order = Order {
@@ -84,12 +85,13 @@ pub async fn create(State(server): State<Shared>, Json(request): Json<ChatReques
     reply.whole(outputs(choices)).await
 }
 
-/// The conversation's token ids, by the checkpoint's template.
+/// The conversation's token ids, by the checkpoint's template, once `check` has seen its text.
 pub async fn prompt(
     server: &Shared,
     messages: Vec<Message>,
     add_generation_prompt: bool,
     extra: BTreeMap<String, Value>,
+    check: impl FnOnce(&Server, &str) -> Result<(), ApiError> + Send + 'static,
 ) -> Result<Vec<u32>, ApiError> {
     if server.template.is_none() {
         let what = "this checkpoint has no chat template (chat_template in tokenizer_config.json, or \
@@ -106,9 +108,10 @@ pub async fn prompt(
     beside(move || {
         let Some(template) = &server.template else { return Ok(vec![]) };
         let bounds = Bounds { work: server.limits.template_work, bytes: server.limits.template_bytes };
-        let text = template.render(&messages, add_generation_prompt, &extra, bounds);
         let about = |e| ApiError::from(e).about("messages");
-        server.tokenizer.encode_plain(&text.map_err(about)?).map_err(about)
+        let text = template.render(&messages, add_generation_prompt, &extra, bounds).map_err(about)?;
+        check(&server, &text)?;
+        server.tokenizer.encode_plain(&text).map_err(about)
     })
     .await
 }

@@ -48,7 +48,7 @@ pub async fn create(
     let max_tokens = Some(request.max_tokens.unwrap_or(16));
     let prompt_logprobs = common.prompt_logprobs.max(wants);
     submit::check(&server, common, max_tokens, request.logprobs, prompt_logprobs)?;
-    let prompts = prompts(&server, &request).await?;
+    let prompts = prompts(&server, &request, max_tokens).await?;
     let echoed: Vec<String> = if echo { prompts.iter().map(|p| text(&server, p)).collect() } else { vec![] };
     let order = Order {
         max_tokens,
@@ -78,9 +78,17 @@ pub async fn create(
 }
 
 /// The prompts' token ids. Long texts are tokenised beside the server's threads.
-async fn prompts(server: &Shared, request: &CompletionRequest) -> Result<Vec<Vec<u32>>, ApiError> {
+async fn prompts(
+    server: &Shared,
+    request: &CompletionRequest,
+    max_tokens: Option<usize>,
+) -> Result<Vec<Vec<u32>>, ApiError> {
+    if let Prompt::Texts(texts) = &request.prompt {
+        submit::check_prompts(server, texts.len())?;
+    }
     let (server, special) = (Arc::clone(server), request.add_special_tokens.unwrap_or(true));
     let encode = move |text: &str| -> Result<Vec<u32>, ApiError> {
+        submit::check_text(&server, text, max_tokens)?;
         let ids = if special { server.tokenizer.encode(text) } else { server.tokenizer.encode_plain(text) };
         ids.map_err(|e| ApiError::from(e).about("prompt"))
     };

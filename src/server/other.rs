@@ -59,7 +59,7 @@ pub async fn tokenize(
         }
         (None, Some(messages)) => {
             let begin = request.add_generation_prompt.unwrap_or(true);
-            chat::prompt(&server, messages, begin, Default::default()).await?
+            chat::prompt(&server, messages, begin, Default::default(), |_, _| Ok(())).await?
         }
         _ => return Err(ApiError::field("prompt", "give either prompt or messages")),
     };

@@ -7,6 +7,7 @@ use super::choice::Choice;
 use super::writer::Writer;
 use super::{ApiError, Server};
 use crate::engine::{Refused, Request, Sampling};
+use crate::error::Error;
 
 /// Prompts and how to continue each.
 pub struct Order {
@@ -88,11 +89,36 @@ pub fn check(
     Ok(any.validate(info.model.vocab, info.max_context)?)
 }
 
+/// Refuses too many prompts.
+pub fn check_prompts(server: &Server, count: usize) -> Result<(), ApiError> {
+    at_most("prompt", count, server.limits.prompts)
+}
+
+/// Refuses a text that surely has too many tokens, before it is tokenised.
+pub fn check_text(server: &Server, text: &str, max_tokens: Option<usize>) -> Result<(), ApiError> {
+    let (limit, context) = (server.limits.prompt_tokens, server.engine.info().max_context);
+    let generated = max_tokens.unwrap_or(0);
+    let most = limit.min(context.saturating_sub(generated));
+    let least = server.tokenizer.at_least(text, most.saturating_add(1));
+    if least <= most {
+        return Ok(());
+    }
+    if least > limit {
+        return Err(ApiError::field("prompt", format!("prompt: at least {least}; at most {limit}")));
+    }
+    let what = if generated == 0 {
+        format!("prompt has at least {least} tokens; at most {context} fit in the context")
+    } else {
+        format!("prompt of at least {least} tokens and max_tokens {generated} exceed the context of {context} tokens")
+    };
+    Err(ApiError::from(Error::Request(what)))
+}
+
 /// Submits every choice of every prompt, or none. What can be is [`check`]ed already.
 pub fn submit(server: &Server, common: &Common, order: &Order) -> Result<Vec<Choice>, ApiError> {
     let limits = &server.limits;
     let n = common.n.unwrap_or(1);
-    at_most("prompt", order.prompts.len(), limits.prompts)?;
+    check_prompts(server, order.prompts.len())?;
     // More than the whole queue would be refused for want of room for ever.
     at_most("n", n * order.prompts.len(), server.engine.capacity())?;
     let stops = common.stop.as_ref().map_or(&[][..], |s| s.list());
