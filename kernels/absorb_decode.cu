@@ -123,12 +123,6 @@ DEVICE void wgmma_pv_rs(float (&d)[128], const u32* a, u64 b, int accumulate) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-DEVICE void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
 // Keeps the compiler from moving uses of accumulators across a wait or a fence.
 DEVICE void settle(float (&d)[32]) { asm volatile("" : ACC32(d, 0)::"memory"); }
 DEVICE void settle(float (&d)[128]) {

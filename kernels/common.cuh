@@ -48,6 +48,8 @@ DEVICE float exp2_fast(float x) {
   return r;
 }
 
+DEVICE float silu(float x) { return x / (1.f + exp2_fast(-LOG2E * x)); }
+
 DEVICE float log2_fast(float x) {
   float r;
   asm("lg2.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -586,3 +588,14 @@ DEVICE void cluster_store(u32 at, u32 x, u32 y) {
 #else
 DEVICE void prefetch_bulk(const void*, u32) {}
 #endif
+
+// ---- Hopper's products of a warpgroup ----
+
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// A matrix in shared memory: K-major, 128-byte swizzle, 8-row groups 1024 bytes apart.
+DEVICE u64 matrix(u32 addr) { return (1ull << 62) | (64ull << 32) | (1ull << 16) | (u64)(addr >> 4); }

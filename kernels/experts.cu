@@ -126,8 +126,6 @@ struct ExpertsWork {
   }
 };
 
-DEVICE float silu(float x) { return x / (1.f + exp2_fast(-LOG2E * x)); }
-
 // The shared expert's weights are known before the choice is: this CTA's part of
 // them is brought to L2 while the router is at work.
 DEVICE void prefetch_shared(const u16* p, size_t elems) {

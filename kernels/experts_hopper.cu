@@ -75,21 +75,12 @@ DEVICE void wgmma(float (&d)[64], u64 a, u64 b, int accumulate) {
                : ACC16(0), ACC16(16), ACC16(32), ACC16(48)
                : "l"(a), "l"(b), "r"(accumulate));
 }
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-DEVICE void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
 // Keeps the compiler from moving uses of accumulators across a wait or a fence.
 template <int N>
 DEVICE void settle(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i += 4) asm volatile("" : ACC4(i)::"memory");
 }
-// K-major, 128-byte swizzle, 8-row groups 1024 bytes apart.
-DEVICE u64 matrix(u32 addr) { return (1ull << 62) | (64ull << 32) | (1ull << 16) | (u64)(addr >> 4); }
-
 // ---- this CTA's passes, in an order that all its warps repeat ----
 
 // Where the plan is: in global memory, or this CTA's copy.

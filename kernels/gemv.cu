@@ -84,8 +84,6 @@ struct GemvWork {
   DEVICE_MEMBER const u16* x_row(int t) const { return a.x + (size_t)t * a.x_stride; }
 };
 
-DEVICE float silu(float x) { return x / (1.f + exp2_fast(-LOG2E * x)); }
-
 template <bool GATED>
 DEVICE void gemv_body(const Gemv& a) {
   extern __shared__ __align__(128) u8 gemv_shared[];

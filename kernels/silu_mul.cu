@@ -10,8 +10,6 @@ struct SiluMul {
   int out_stride;      // elements, at least width
 };
 
-DEVICE float silu_times(float gate, float up) { return gate / (1.f + exp2_fast(-LOG2E * gate)) * up; }
-
 extern "C" __global__ void __launch_bounds__(256) silu_mul(const SiluMul a) {
   grid_launch_dependents();
   grid_wait();
@@ -27,10 +25,10 @@ extern "C" __global__ void __launch_bounds__(256) silu_mul(const SiluMul a) {
     u32 r[4];
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      r[i] = pack_bf16(silu_times(bf16_lo(x[i]), bf16_lo(y[i])), silu_times(bf16_hi(x[i]), bf16_hi(y[i])));
+      r[i] = pack_bf16(silu(bf16_lo(x[i])) * bf16_lo(y[i]), silu(bf16_hi(x[i])) * bf16_hi(y[i]));
     *(uint4*)(out + col) = make_uint4(r[0], r[1], r[2], r[3]);
   } else {
     for (int i = col; i < min(col + 8, a.width); i++)
-      out[i] = f32_to_bf16(silu_times(bf16_to_f32(gate[i]), bf16_to_f32(up[i])));
+      out[i] = f32_to_bf16(silu(bf16_to_f32(gate[i])) * bf16_to_f32(up[i]));
   }
 }

@@ -113,12 +113,6 @@ DEVICE void multiply(float (&d)[SUMS], u64 x, u64 w) {
     asm volatile(WGMMA("n8", LIST_0, "%4", "%5") : ACC4(At * 4) : "l"(x), "l"(b));
   }
 }
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-DEVICE void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
 // Keeps uses of the sums behind the wait for them.
 DEVICE void settle(float (&sums)[CHAINS][SUMS]) {
 #pragma unroll
@@ -128,11 +122,6 @@ DEVICE void settle(float (&sums)[CHAINS][SUMS]) {
     for (int i = 0; i < SUMS; i += 4) asm volatile("" : ACC4(i)::"memory");
   }
 }
-// K-major, 128-byte swizzle, 8-row groups 1024 bytes apart.
-DEVICE u64 matrix(u32 addr) { return (1ull << 62) | (64ull << 32) | (1ull << 16) | (u64)(addr >> 4); }
-
-DEVICE float silu(float x) { return x / (1.f + exp2_fast(-LOG2E * x)); }
-
 // This CTA's part of the reduction, in stages.
 struct Part {
   int cluster, rank, first, stages;
