@@ -92,6 +92,21 @@ fn stop_strings_end_the_text_before_themselves() {
     let token = s.post("/tokenize", &json!({"prompt": text, "add_special_tokens": false})).json()["tokens"][2].clone();
     let ended = s.post("/v1/completions", &complete(json!({"stop_token_ids": [token]}))).json();
     assert_eq!(ended["choices"][0]["finish_reason"], "stop");
+
+    // The end of the text is all that may be chosen: it ends at once, not before the least length, or not at all.
+    let end = |extra: Value| {
+        let mut body = complete(json!({"logit_bias": {"0": 100}, "max_tokens": 6}));
+        body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        let answer = s.post("/v1/completions", &body).json();
+        (answer["choices"][0]["finish_reason"].clone(), answer["usage"]["completion_tokens"].clone())
+    };
+    assert_eq!(end(json!({})), (json!("stop"), json!(1)));
+    assert_eq!(end(json!({"min_tokens": 4})), (json!("stop"), json!(5)));
+    assert_eq!(end(json!({"ignore_eos": true})), (json!("length"), json!(6)));
+    assert_eq!(
+        end(json!({"logit_bias": {"5": 100}, "stop_token_ids": [5], "min_tokens": 2})),
+        (json!("stop"), json!(3))
+    );
     s.stop();
 }
 
@@ -571,12 +586,20 @@ fn overload_is_refused_at_once_and_what_is_admitted_finishes() {
 
 #[test]
 fn an_engine_that_stops_ends_streams_with_an_error_event() {
-    let s = server(|_| {});
+    let mut config = model::config("tiny-glm-gqla", None);
+    config.max_sequences = 1;
+    let s = Server::start(&model::checkpoint("tiny-glm-gqla").0, config, |_| {});
     let body = complete(json!({"max_tokens": 1900, "ignore_eos": true, "stream": true}));
     let stream = http::send(s.address, "POST", "/v1/completions", &[], Some(body.to_string().as_bytes())).unwrap();
     until("it runs", Duration::from_secs(10), || s.engine.stats().running == 1);
     until("it streams", Duration::from_secs(10), || s.engine.stats().generated_tokens > 3);
+    let waiting = http::send(s.address, "POST", "/v1/completions", &[], Some(body.to_string().as_bytes())).unwrap();
+    until("another waits", Duration::from_secs(10), || s.engine.stats().waiting == 1);
     s.engine.shutdown().unwrap();
+    // Before its first token the failure is a status of its own.
+    let early = http::read(waiting).unwrap();
+    refused(&early, 503, "stopped");
+    assert_eq!(early.json()["error"]["code"], "engine_stopped");
     let events = http::read(stream).unwrap().events();
     let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
     assert_eq!(last["error"]["code"], "engine_stopped", "{last}");
@@ -641,6 +664,14 @@ fn a_benchmark_drives_the_server() {
     let s = server(|_| {});
     let work = tempfile::tempdir().unwrap();
     let (json, plot) = (work.path().join("r.json"), work.path().join("r.svg"));
+    // At even distances 6 at 20 a second take a quarter of a second at least; at random they have a burstiness.
+    let even = std::process::Command::new(env!("CARGO_BIN_EXE_gqla"))
+        .args(["bench", "serve", "--arrival", "fixed", "--rate", "20", "--requests", "6", "--max-tokens", "2", "--url"])
+        .arg(format!("http://{}", s.address))
+        .output()
+        .unwrap();
+    let even: Value = serde_json::from_slice(&even.stdout).unwrap();
+    assert!(even["duration"].as_f64().unwrap() >= 0.25 && even["burstiness"].is_null(), "{even}");
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_gqla"));
     command.args([
         "bench",
@@ -663,6 +694,7 @@ fn a_benchmark_drives_the_server() {
         for key in VLLM_KEYS {
             assert!(r.get(key).is_some(), "no {key}: {r}");
         }
+        assert_eq!(r["burstiness"], 1.0);
         assert!(r["max_output_tokens_per_s"].as_f64() >= r["output_throughput"].as_f64().map(|t| t.min(9.0)));
         assert_eq!(
             (&r["completed"], &r["total_output_tokens"], &r["model_id"]),

@@ -224,7 +224,16 @@ fn what_it_says_is_for_people_and_for_programs() {
     signal(s.child.id(), "TERM");
     assert_eq!(s.ends(Duration::from_secs(10)).0.code(), Some(0));
 
+    // Bound wider than this machine without a key, it warns; the warning comes first.
+    for (key, warns) in [(None, true), (Some("secret"), false)] {
+        let mut options = vec!["--host", "0.0.0.0"];
+        options.extend(key.iter().flat_map(|key| ["--api-key", key]));
+        let s = Served::run(Command::new(env!("CARGO_BIN_EXE_gqla")), 1, &options);
+        assert_eq!(s.stderr.lock().unwrap().contains("is open to others and there is no --api-key"), warns);
+    }
+
     let mut s = Served::run(Command::new(env!("CARGO_BIN_EXE_gqla")), 1, &[]);
+    assert!(s.address.ip().is_loopback() && !s.stderr.lock().unwrap().contains("is open"));
     assert_eq!(s.status("/ready"), Some(200));
     signal(s.child.id(), "TERM");
     let (_, text) = s.ends(Duration::from_secs(10));
