@@ -75,8 +75,9 @@ fn a_text_never_has_fewer_tokens_than_are_told_without_tokenising_it() {
         let (least, tokens) = check(&tokenizer.decode(window).unwrap());
         (told, real) = (told + least, real + tokens);
     }
-    // Text as it comes: more than half of its tokens are told.
-    assert!(told * 2 > real, "{told} of {real}");
+    // Text as it comes: nearly all of its tokens are told.
+    eprintln!("{told} of {real} tokens are told");
+    assert!(told * 10 > real * 9, "{told} of {real}");
     // Every token of the vocabulary alone is one; and neighbours, and what no text has.
     let vocabulary: Vec<String> = (0..4096).filter_map(|id| tokenizer.decode(&[id]).ok()).collect();
     for pair in vocabulary.chunks(2) {

@@ -99,6 +99,9 @@ pub fn check_text(server: &Server, text: &str, max_tokens: Option<usize>) -> Res
     let (limit, context) = (server.limits.prompt_tokens, server.engine.info().max_context);
     let generated = max_tokens.unwrap_or(0);
     let most = limit.min(context.saturating_sub(generated));
+    if text.len() <= most {
+        return Ok(());
+    }
     let least = server.tokenizer.at_least(text, most.saturating_add(1));
     if least <= most {
         return Ok(());
