@@ -108,6 +108,7 @@ impl Stack {
             value: HEAD,
             latent: 0,
             scale: (HEAD as f32).powf(-0.5),
+            expand: false,
         };
         Stack { b, layers, norm: vec![1.0; HIDDEN], table, shape }
     }

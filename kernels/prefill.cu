@@ -9,9 +9,16 @@
 //
 // -D LATENT 0: DN, DR (0: no rope key), DV, GS heads a group.
 //           1: DC, DR; GS = the rank's heads; groups = 1. K is the tile, V its first DC columns.
+// -D EXPANDED 1, with LATENT 0 and DC, INTERLEAVE as in append_latent.cu: keys and values
+//           were expanded from latents and are a matrix's rows, the rope key is the latent
+//           cache's, and the queries' rope parts are turned here.
 // -D MT row tiles a CTA, VS value splits, STAGES 1 or 2.
 // grid (most row tiles of a span / MT, groups, spans), block PREFILL_THREADS,
 // dynamic shared memory PREFILL_SMEM.
+
+#ifndef EXPANDED
+#define EXPANDED 0
+#endif
 
 struct Prefill {
   const u16* q;            // [rows, heads, DQ]
@@ -24,6 +31,14 @@ struct Prefill {
   int groups;
   int max_blocks;
   float scale;             // of the logits, > 0
+#if EXPANDED               // q is the first group's first head, and so is out
+  const u16* kv;           // [blocks, BLOCK] rows of kv_stride: [groups, DN + DV]
+  const int* before;       // [spans] blocks of the spans before, from any number on
+  const float* cos_table;  // [positions, DR / 2]
+  const float* sin_table;  // [positions, DR / 2]
+  int q_stride, kv_stride; // elements from a row to the next
+  int heads;               // of a row of out
+#endif
 };
 
 #if LATENT
@@ -46,27 +61,44 @@ constexpr int PREFILL_SMEM = (Q_ELEMS + STAGES * STAGE_ELEMS) * 2;
 static_assert(COLS <= 256, "the accumulators must fit in registers");
 static_assert(DVP <= DQP || !LATENT, "the value lies within the key");
 
-// Copies one tile to padded rows; rows from `valid` on become zero.
-// WIDE: 16 bytes at a time.
-template <int D, bool WIDE>
-DEVICE void copy_tile(u16* dst, int row_elems, const u16* src, int valid) {
+// Copies BLOCK rows of D elements to padded rows; rows from `valid` on become zero. at(row, col)
+// is an element's place in src. WIDE: 16 bytes at a time.
+template <int D, bool WIDE, class At>
+DEVICE void copy_rows(u16* dst, int row_elems, const u16* src, int valid, At at) {
   constexpr int N = D > 0 ? D : 1;
   if (WIDE) {
     constexpr int CHUNKS = D / 8 > 0 ? D / 8 : 1;
     for (int i = threadIdx.x; i < BLOCK * (D / 8); i += PREFILL_THREADS) {
       const int row = i / CHUNKS, col = i % CHUNKS * 8;
-      cp_async16(smem_addr(dst + row * row_elems + col), src + tile_index<D>(row, col), row < valid ? 16 : 0);
+      cp_async16(smem_addr(dst + row * row_elems + col), src + at(row, col), row < valid ? 16 : 0);
     }
   } else {
     for (int i = threadIdx.x; i < BLOCK * D; i += PREFILL_THREADS) {
       const int row = i / N, col = i % N;
-      dst[row * row_elems + col] = row < valid ? src[tile_index<D>(row, col)] : 0;
+      dst[row * row_elems + col] = row < valid ? src[at(row, col)] : 0;
     }
   }
 }
 
-DEVICE void copy_block(const Prefill& a, u16* stage, int block, int group, int valid) {
-#if LATENT
+// The same of a tile.
+template <int D, bool WIDE>
+DEVICE void copy_tile(u16* dst, int row_elems, const u16* src, int valid) {
+  copy_rows<D, WIDE>(dst, row_elems, src, valid, [](int row, int col) { return tile_index<D>(row, col); });
+}
+
+// expanded: the block's place among the expanded ones.
+DEVICE void copy_block(const Prefill& a, u16* stage, int block, int expanded, int group, int valid) {
+#if EXPANDED
+  const size_t stride = a.kv_stride;
+  const u16* kv = a.kv + (size_t)expanded * BLOCK * stride + group * (DN + DV);
+  constexpr bool WIDE = DN % 8 == 0 && DV % 8 == 0;
+  const auto at = [=](int row, int col) { return row * stride + col; };
+  copy_rows<DN, WIDE>(stage, K_ROW, kv, valid, at);
+  copy_rows<DR, DN % 8 == 0 && DR % 8 == 0 && DC % 8 == 0>(
+      stage + DN, K_ROW, a.cache + (size_t)block * BLOCK * (DC + DR), valid,
+      [](int row, int col) { return tile_index<DC + DR>(row, DC + col); });
+  copy_rows<DV, WIDE>(stage + V_AT, V_ROW, kv + DN, valid, at);
+#elif LATENT
   copy_tile<DQ, DQ % 8 == 0>(stage, K_ROW, a.cache + (size_t)block * BLOCK * DQ, valid);
 #else
   const u16* src = a.cache + (size_t)block * BLOCK * (DR + a.groups * (DN + DV));
@@ -79,13 +111,30 @@ DEVICE void copy_block(const Prefill& a, u16* stage, int block, int group, int v
   cp_async_commit();
 }
 
+// Element c of a query at position pos.
+DEVICE u16 query(const Prefill& a, const u16* q, int c, int pos) {
+#if EXPANDED
+  if (c >= DN) {
+    float v[1];
+    rope_turn<DR, 1, INTERLEAVE>(q + DN, c - DN, a.cos_table + (size_t)pos * (DR / 2), a.sin_table + (size_t)pos * (DR / 2), v);
+    return f32_to_bf16(v[0]);
+  }
+#endif
+  return q[c];
+}
+
 extern "C" __global__ void __launch_bounds__(PREFILL_THREADS) prefill(const Prefill a) {
   extern __shared__ __align__(16) unsigned char dynamic[];
   u16* queries = (u16*)dynamic;
   u16* stages = queries + Q_ELEMS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tile = warp / VS, split = warp % VS;
-  const int group = blockIdx.y, span = blockIdx.z, heads = a.groups * GS;
+  const int group = blockIdx.y, span = blockIdx.z;
+#if EXPANDED
+  const int heads = a.heads, q_stride = a.q_stride, expanded = a.before[span] - a.before[0];
+#else
+  const int heads = a.groups * GS, q_stride = heads * DQ, expanded = 0;
+#endif
   const float scale2 = a.scale * LOG2E;
   grid_wait();
   grid_launch_dependents();
@@ -103,9 +152,10 @@ extern "C" __global__ void __launch_bounds__(PREFILL_THREADS) prefill(const Pref
   for (int i = threadIdx.x; i < 16 * MT * DQ; i += PREFILL_THREADS) {
     const int r = i / DQ, c = i % DQ, row = tile_row + r;
     if (row < rows * GS)
-      queries[r * K_ROW + c] = a.q[(((size_t)first + row / GS) * heads + group * GS + row % GS) * DQ + c];
+      queries[r * K_ROW + c] = query(a, a.q + ((size_t)first + row / GS) * q_stride + (group * GS + row % GS) * DQ, c,
+                                     len - rows + row / GS);
   }
-  copy_block(a, stages, table[0], group, len);
+  copy_block(a, stages, table[0], expanded, group, len);
 
   float o[COLS / 8][4];
 #pragma unroll
@@ -117,9 +167,9 @@ extern "C" __global__ void __launch_bounds__(PREFILL_THREADS) prefill(const Pref
   const u32 q_at = smem_addr(queries) + ((tile * 16 + lane % 16) * K_ROW + lane / 16 * 8) * 2;
 
   for (int b = 0; b < blocks; b++) {
-    if (STAGES == 1 && b > 0) copy_block(a, stages, table[b], group, len - b * BLOCK);
+    if (STAGES == 1 && b > 0) copy_block(a, stages, table[b], expanded + b, group, len - b * BLOCK);
     if (STAGES == 2 && b + 1 < blocks) {
-      copy_block(a, stages + (b + 1) % 2 * STAGE_ELEMS, table[b + 1], group, len - (b + 1) * BLOCK);
+      copy_block(a, stages + (b + 1) % 2 * STAGE_ELEMS, table[b + 1], expanded + b + 1, group, len - (b + 1) * BLOCK);
       cp_async_wait<1>();
     } else {
       cp_async_wait<0>();

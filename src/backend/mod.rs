@@ -7,6 +7,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod draw;
 
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::cache::Layout;
@@ -18,6 +19,9 @@ pub use draw::Draw;
 
 /// A token word with this bit names an output row of the step before: the token chosen there.
 pub const FROM: u32 = 1 << 31;
+
+/// Rows of one sequence up to which a step decodes it.
+pub const DECODE_ROWS: usize = 4;
 
 /// The tokens of one step, the same on every rank. Rows of one sequence are consecutive.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -127,12 +131,35 @@ pub struct AttentionShape {
     pub latent: usize,
     /// Multiplies the logits before softmax.
     pub scale: f32,
+    /// Absorb path: long chunks may be [expanded](AttentionShape::expands).
+    pub expand: bool,
 }
 
 impl AttentionShape {
     /// The local group of local head `j`.
     pub fn group_of(&self, j: usize) -> usize {
         (self.first_head_in_group + j) / self.heads_per_group
+    }
+
+    /// The local heads of a local group.
+    pub fn heads_of(&self, group: usize) -> Range<usize> {
+        let edge = |g: usize| (g * self.heads_per_group).saturating_sub(self.first_head_in_group).min(self.heads);
+        edge(group)..edge(group + 1)
+    }
+
+    /// Whether the last `rows` of `context` tokens attend in GQA form on the absorb path, over keys and values that are
+    /// expanded from the cached latents for this once. Decode never does; a chunk does where that takes fewer
+    /// multiply-adds.
+    pub fn expands(&self, rows: usize, context: usize) -> bool {
+        if !self.expand || rows <= DECODE_ROWS {
+            return false;
+        }
+        // A token's or a query's product with W_UK and W_UV, and the keys that a row sees on average.
+        let (product, keys) = (self.latent * (self.nope + self.value), context - rows / 2);
+        let absorbed = rows * self.heads * (product + keys * (2 * self.latent + self.rope));
+        let expanded =
+            context * self.groups * product + rows * self.heads * keys * (self.nope + self.rope + self.value);
+        expanded < absorbed
     }
 }
 
@@ -286,7 +313,8 @@ pub trait Backend: Send + Sized {
         out: &mut Self::Tensor,
     ) -> Result<()>;
     /// `q_n ↦ W_UKᵀ q_n`, batched over groups: `q` `[rows, heads·(nope+rope)]` → `out` `[rows, heads·(latent+rope)]`,
-    /// the rope parts turned. `kv_up` is kv_b's rows of the rank's groups, `[groups·(nope+value), latent]`.
+    /// the rope parts turned. `kv_up` is kv_b's rows of the rank's groups, `[groups·(nope+value), latent]`. Like the
+    /// next three it leaves out the rows of sequences that [`attend_expanded`](Backend::attend_expanded) takes.
     fn absorb_query(
         &self,
         shape: &AttentionShape,
@@ -325,6 +353,18 @@ pub trait Backend: Send + Sized {
         self.attend_latent(shape, q, cache, latent)?;
         self.absorb_output(shape, kv_up, latent, out)
     }
+    /// The same for the rows of sequences that the shape [expands](AttentionShape::expands), and for no others, in GQA
+    /// form: `W_UK c` and `W_UV c` of their cached latents are made for the purpose. `q` `[rows, heads·(nope+rope)]`,
+    /// not turned yet → `out` `[rows, heads·value]`.
+    fn attend_expanded(
+        &mut self,
+        shape: &AttentionShape,
+        rope: &Self::RopeTable,
+        kv_up: &Self::Matrix,
+        q: View<Self::Tensor>,
+        cache: &Self::Cache,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
     /// `out = silu(gate)·up`: `gate_up` `[rows, 2·width]`, gate first → `out` `[rows, width]`
     fn silu_mul(&self, gate_up: &Self::Tensor, width: usize, out: &mut Self::Tensor) -> Result<()>;
     /// The first half of a gated MLP: `out = silu(gate)·up` of `x·gate_upᵀ (+ bias)`; `gate_up` may hold what stands

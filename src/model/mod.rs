@@ -258,6 +258,7 @@ impl<B: Backend> Model<B> {
                     Path::Absorb => {
                         b.absorb_query(s, rope, &w.kv_up, q, &mut a.q_absorbed)?;
                         b.attend_absorbed(s, &w.kv_up, &a.q_absorbed, cache, &mut a.o_latent, &mut a.o)?;
+                        b.attend_expanded(s, rope, &w.kv_up, q, cache, &mut a.o)?;
                     }
                 }
             }
@@ -338,6 +339,7 @@ pub fn attention_shape(config: &ModelConfig, owned: &Owned) -> AttentionShape {
         value,
         latent,
         scale: rope::softmax_scale(config),
+        expand: owned.path == Path::Absorb,
     }
 }
 

@@ -1,8 +1,8 @@
 //! RoPE, caches, attention on both paths, the absorbing products.
 
 use gqla::backend::cpu::simd::Isa;
-use gqla::backend::cpu::{Cache, CpuBackend, Matrix, RopeTable};
-use gqla::backend::{AttentionShape, Backend, Reduction, View};
+use gqla::backend::cpu::{Cache, CpuBackend, Matrix, RopeTable, Tensor};
+use gqla::backend::{AttentionShape, Backend, Batch, Reduction, View};
 use gqla::cache::{BLOCK, Layout};
 use gqla::config::{Rope, RopeScaling};
 
@@ -43,6 +43,7 @@ impl Case {
             value: random.pick(&[7, 16, 64, 83]),
             latent: if latent { random.pick(&[19, 32, 85, 300]) } else { 0 },
             scale: 0.3,
+            expand: false,
         };
         let tokens = 1 + random.below(200);
         let turned = if llama { shape.nope } else { rope };
@@ -369,6 +370,130 @@ fn absorbed_outputs_are_the_groups_values() {
         }
         close(&results[0], &want, 1e-6);
         assert!(results.iter().all(|r| bits(r) == bits(&results[0])));
+    }
+}
+
+/// A step's columns of a case's data: its rows are the case's tokens at their positions, whatever sequence they are of.
+fn picked(b: &CpuBackend, batch: &Batch, data: &[f32], width: usize) -> Tensor {
+    let rows = batch.positions.iter().flat_map(|&p| &data[p as usize * width..][..width]);
+    tensor(b, &rows.copied().collect::<Vec<_>>(), width)
+}
+
+#[test]
+fn long_chunks_give_the_gqa_paths_bits_and_short_ones_the_absorbed() {
+    let mut random = Random::new();
+    let mut expanded = 0;
+    for _ in 0..6 {
+        let case = Case { tokens: 200, ..Case::random(&mut random, true) };
+        let s = case.shape;
+        let case = Case {
+            q: random.floats(200 * case.q_width()),
+            kv: random.floats(200 * s.latent),
+            k_rope: random.floats(200 * s.rope),
+            ..case
+        };
+        let up = case.up(&mut random).unwrap();
+        // (rows, context): whole prompts, a prompt's later chunks, decode of one to four rows.
+        let mut sequences = vec![(130, 130), (1 + random.below(40), 150), (70, 200), (1, 65), (4, 90), (1, 1)];
+        for i in (1..sequences.len()).rev() {
+            sequences.swap(i, random.below(i + 1));
+        }
+        let blocks = random.shuffled(sequences.iter().map(|s| blocks_for(s.1)).sum::<usize>() + 2);
+        let mut free = blocks.iter().copied();
+        let sequences: Vec<(usize, usize, Vec<u32>)> = sequences
+            .iter()
+            .map(|&(rows, context)| (rows, context, free.by_ref().take(blocks_for(context)).collect()))
+            .collect();
+        let before = sequences
+            .iter()
+            .filter(|s| s.1 > s.0)
+            .map(|(rows, context, b)| (context - rows, context - rows, b.clone()));
+        let steps = [spans(&before.collect::<Vec<_>>()), spans(&sequences)];
+        let (n, most) = (steps[1].rows(), steps[0].rows().max(steps[1].rows()));
+        let grouped = Layout::Grouped { groups: s.groups, nope: s.nope, rope: s.rope, value: s.value };
+        let (kv_width, out_width) = (s.groups * (s.nope + s.value), s.heads * s.value);
+        let mut results = vec![];
+        for mut b in variants() {
+            let matrix = up.matrix(&b, Reduction::Whole);
+            let (table, nan) = (case.table(&b), |cols: usize| tensor(&b, &vec![f32::NAN; most * cols], cols));
+            let (mut turned, mut kv_out) = (nan(case.q_width()), nan(kv_width));
+            let (mut query, mut between) = (nan(case.attend_width()), nan(s.heads * s.latent));
+            let mut outs = [nan(out_width), nan(out_width), nan(out_width)];
+            let mut latents = b.cache(case.layout(), blocks.len()).unwrap();
+            let mut groups = b.cache(grouped, blocks.len()).unwrap();
+            latents.fill(f32::NAN);
+            groups.fill(f32::NAN);
+            let mut q = None;
+            for batch in &steps {
+                b.begin(batch).unwrap();
+                let (x, kv) = (picked(&b, batch, &case.q, case.q_width()), picked(&b, batch, &case.kv, s.latent));
+                let key = picked(&b, batch, &case.k_rope, s.rope);
+                let (view, k_rope) = (View::new(&kv, 0, s.latent), View::new(&key, 0, s.rope));
+                b.append_latent(&s, &table, (view, None), k_rope, None, 0.0, &mut latents).unwrap();
+                b.linear(&matrix, None, view, &mut kv_out).unwrap();
+                let (kv, whole) = (View::new(&kv_out, 0, kv_width), View::new(&x, 0, case.q_width()));
+                b.rope_append_grouped(&s, &table, whole, kv, Some(k_rope), &mut turned, &mut groups).unwrap();
+                q = Some(x);
+            }
+            let q = View::new(q.as_ref().unwrap(), 0, case.q_width());
+            b.attend_grouped(&s, &turned, &groups, &mut outs[0]).unwrap();
+            for (out, expand) in outs[1..].iter_mut().zip([false, true]) {
+                let s = AttentionShape { expand, ..s };
+                let mut steps_of = |b: &mut CpuBackend| {
+                    b.absorb_query(&s, &table, &matrix, q, &mut query).unwrap();
+                    b.attend_absorbed(&s, &matrix, &query, &latents, &mut between, out).unwrap();
+                    let absorbed = b.read(out, n).unwrap();
+                    b.attend_expanded(&s, &table, &matrix, q, &latents, out).unwrap();
+                    absorbed
+                };
+                let absorbed = steps_of(&mut b);
+                for span in &steps[1].spans {
+                    let rows = &absorbed[span.first * out_width..][..span.rows * out_width];
+                    let left = s.expands(span.rows, span.context);
+                    assert!(rows.iter().all(|x| x.is_nan() == left), "{s:?}: {span:?}");
+                    expanded += usize::from(left);
+                }
+            }
+            let [gqa, absorb, both] = outs.map(|out| b.read(&out, n).unwrap());
+            close(&both, &absorb.iter().map(|&x| f64::from(x)).collect::<Vec<_>>(), 1e-5);
+            let s = AttentionShape { expand: true, ..s };
+            for span in &steps[1].spans {
+                let rows = span.first * out_width..(span.first + span.rows) * out_width;
+                let want = if s.expands(span.rows, span.context) { &gqa } else { &absorb };
+                assert_eq!(bits(&both[rows.clone()]), bits(&want[rows]), "{s:?}: {span:?}");
+            }
+            results.push(bits(&both));
+        }
+        assert!(results.iter().all(|r| *r == results[0]), "{s:?}");
+    }
+    assert!(expanded > 0);
+}
+
+#[test]
+fn a_chunk_is_expanded_where_that_is_less_work() {
+    // Canonical, GLM-4.7-Flash at G=4, DeepSeek-V3: rows from which a chunk of a long context is expanded.
+    for (heads, groups, nope, value, from) in [(128, 8, 128, 128, 11), (20, 4, 192, 256, 80), (128, 128, 128, 128, 171)]
+    {
+        let shape = AttentionShape {
+            heads,
+            groups,
+            first_head_in_group: 0,
+            heads_per_group: heads / groups,
+            nope,
+            rope: 64,
+            value,
+            latent: 512,
+            scale: 1.0,
+            expand: true,
+        };
+        let context = 100_000;
+        let first = (1..context).find(|&rows| shape.expands(rows, context)).unwrap();
+        assert!(first.abs_diff(from) <= 2, "{heads} heads, {groups} groups: from {first} rows on");
+        assert!((first..2000).all(|rows| shape.expands(rows, context)));
+        // A prompt's first chunk needs no more keys than it has rows.
+        assert!((5..600).all(|rows| shape.expands(rows, rows)));
+        assert!((1..=4).all(|rows| !shape.expands(rows, rows) && !shape.expands(rows, context)));
+        assert!(!AttentionShape { expand: false, ..shape }.expands(600, 600));
     }
 }
 

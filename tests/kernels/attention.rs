@@ -22,6 +22,7 @@ fn shape((heads, groups, first, per_group, nope, rope, value, latent): Dims) -> 
         value,
         latent,
         scale,
+        expand: false,
     }
 }
 
@@ -226,4 +227,62 @@ fn latent_attention_and_the_absorbing_products() {
         }
     }
     assert_eq!(BLOCK, 64);
+}
+
+#[test]
+fn expanded_attention() {
+    let Some(mut p) = pair() else { return };
+    let dims = vec![
+        ((16, 8, 0, 2, 32, 16, 32, 128), true),
+        ((24, 4, 0, 6, 40, 24, 56, 96), true),
+        ((3, 2, 5, 6, 40, 24, 56, 96), false), // a rank that has parts of two groups
+        ((9, 3, 5, 4, 20, 12, 28, 60), true),  // and of three, in rows that are not of 16 bytes
+        ((32, 2, 0, 16, 128, 64, 128, 512), true), // canonical
+        ((10, 2, 0, 5, 192, 64, 256, 512), false), // GLM-4.7-Flash
+        ((96, 96, 0, 1, 128, 64, 128, 512), true), // MLA: more groups than the workspace takes at once
+    ];
+    for (dims, interleave) in cases(dims, &[2, 3, 4]) {
+        let s = AttentionShape { expand: true, ..shape(dims) };
+        let rope = Rope { interleave, ..ROPE };
+        let tg = p.gpu.rope_table(&rope, &frequencies(s.rope), 1.25, 4096).unwrap();
+        let tc = p.cpu.rope_table(&rope, &frequencies(s.rope), 1.25, 4096).unwrap();
+        let layout = Layout::Latent { latent: s.latent, rope: s.rope };
+        let up: Vec<f32> = p.random.floats(s.groups * (s.nope + s.value) * s.latent);
+        let up: Vec<f32> = up.iter().map(|x| x / 16.0).collect();
+        let (ug, uc) = p.matrices(&up, s.latent);
+        let mut all = batches(&mut p.random);
+        if !small() {
+            // Several pieces of a product, several lots, and for MLA some groups at a time.
+            all.push(p.random.batch(&[(300, 4090), (3, 20), (5, 700), (250, 2300), (100, 1000)]));
+        }
+        for batch in all {
+            let mut cg = poisoned(&p.gpu, layout, blocks(&batch));
+            let mut cc = p.cpu.cache(layout, blocks(&batch)).unwrap();
+            let (qw, wide) = (s.heads * (s.nope + s.rope), s.heads * (s.nope + s.rope) + 8 + s.latent + s.rope);
+            let mut last = None;
+            for step in steps(&batch) {
+                p.begin(&step);
+                let x = p.random.floats(step.rows() * wide);
+                let (xg, xc) = p.tensors(&x, wide);
+                let (latent, key) = (View::new(&xg, qw + 8, s.latent), View::new(&xg, qw + 8 + s.latent, s.rope));
+                p.gpu.append_latent(&s, &tg, (latent, None), key, None, 1e-6, &mut cg).unwrap();
+                let (latent, key) = (View::new(&xc, qw + 8, s.latent), View::new(&xc, qw + 8 + s.latent, s.rope));
+                p.cpu.append_latent(&s, &tc, (latent, None), key, None, 1e-6, &mut cc).unwrap();
+                last = Some((xg, xc));
+            }
+            let (xg, xc) = last.unwrap();
+            let (qg, qc, n) = (View::new(&xg, 0, qw), View::new(&xc, 0, qw), batch.rows());
+            let (mut ag, mut ac) = p.outputs(n, s.heads * (s.latent + s.rope));
+            let (mut lg, mut lc) = p.outputs(n, s.heads * s.latent);
+            let (mut og, mut oc) = p.outputs(n, s.heads * s.value);
+            p.gpu.absorb_query(&s, &tg, &ug, qg, &mut ag).unwrap();
+            p.gpu.attend_absorbed(&s, &ug, &ag, &cg, &mut lg, &mut og).unwrap();
+            p.gpu.attend_expanded(&s, &tg, &ug, qg, &cg, &mut og).unwrap();
+            p.cpu.absorb_query(&s, &tc, &uc, qc, &mut ac).unwrap();
+            p.cpu.attend_absorbed(&s, &uc, &ac, &cc, &mut lc, &mut oc).unwrap();
+            p.cpu.attend_expanded(&s, &tc, &uc, qc, &cc, &mut oc).unwrap();
+            let spans: Vec<_> = batch.spans.iter().map(|s| (s.rows, s.context)).collect();
+            p.same(&format!("attention {dims:?} over {spans:?}"), (&og, &oc), n, 1.5e-2);
+        }
+    }
 }

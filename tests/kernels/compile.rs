@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use gqla::backend::AttentionShape;
 use gqla::backend::cuda::kernels::{Source, compile, compiler_version, export, source};
 use gqla::backend::cuda::{
-    Cut, absorb_constants, combines_output, decode_source, expert_constants, latent_constants, prefill_constants,
-    route_constants,
+    Cut, absorb_constants, combines_output, decode_source, expanded_constants, expert_constants, latent_constants,
+    prefill_constants, route_constants,
 };
 use gqla::config::{Moe, Scoring};
 
@@ -32,7 +32,18 @@ type Constants = Vec<(&'static str, i64)>;
 
 fn shape((heads, groups, nope, rope, value, latent): (usize, usize, usize, usize, usize, usize)) -> AttentionShape {
     let heads_per_group = heads / groups;
-    AttentionShape { heads, groups, first_head_in_group: 0, heads_per_group, nope, rope, value, latent, scale: 1.0 }
+    AttentionShape {
+        heads,
+        groups,
+        first_head_in_group: 0,
+        heads_per_group,
+        nope,
+        rope,
+        value,
+        latent,
+        scale: 1.0,
+        expand: latent > 0,
+    }
 }
 
 /// Everything that is compiled for one architecture.
@@ -90,6 +101,11 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
             add(&source::COMBINE, vec![("DV", int(s.latent)), ("SQ", int(rows))]);
         }
         add(&source::PREFILL, prefill_constants(&s, true, if hopper { 227 << 10 } else { 99 << 10 }));
+        add(&source::GATHER_LATENTS, vec![("DC", int(s.latent)), dr]);
+        for (per_group, interleave) in [(s.heads_per_group, true), (1, false)] {
+            let shared = if hopper { 227 << 10 } else { 99 << 10 };
+            add(&source::PREFILL, expanded_constants(&s, per_group, interleave, shared));
+        }
         for interleave in [true, false] {
             for q_rank in [0, 768, 77] {
                 add(&source::APPEND_LATENT, latent_constants(q_rank, s.latent, s.rope, interleave).to_vec());

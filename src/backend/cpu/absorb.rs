@@ -2,7 +2,7 @@
 //! time, read once for all heads of the group.
 
 use super::Workers;
-use super::attention::{heads_of_groups, weigh};
+use super::attention::weigh;
 use super::buffer::{Data, Matrix, Shared};
 use super::linear::{Input, Outputs, Product};
 use super::simd::{Element, Isa, Kernel, Simd};
@@ -11,35 +11,34 @@ use crate::backend::AttentionShape;
 /// Columns of the latent that a task of [`absorb_query`] takes.
 const COLUMNS: usize = 256;
 
-fn check(shape: &AttentionShape, kv_up: &Matrix) {
+pub(super) fn check(shape: &AttentionShape, kv_up: &Matrix) {
     assert_eq!((kv_up.rows, kv_up.cols), (shape.groups * (shape.nope + shape.value), shape.latent));
     assert_eq!(kv_up.segments, 1, "kv_b is split by group, never by latent column");
 }
 
 /// See [`Backend::absorb_query`](crate::backend::Backend::absorb_query),
-/// but for the rope parts, which are left as they are. `q(row)` is `[heads·(nope+rope)]`.
+/// but for the rope parts, which are left as they are. `q(row)` is `[heads·(nope+rope)]`, of each of `rows`.
 pub(super) fn absorb_query<'a>(
     workers: &Workers,
     isa: Isa,
     shape: &AttentionShape,
     kv_up: &Matrix,
-    rows: usize,
+    rows: &[usize],
     q: impl Fn(usize) -> &'a [f32] + Sync,
     out: &mut [f32],
 ) {
     check(shape, kv_up);
     let (q_width, out_width) = (shape.nope + shape.rope, shape.latent + shape.rope);
-    assert!(out.len() >= rows * shape.heads * out_width);
-    let groups = heads_of_groups(shape);
+    assert!(rows.iter().all(|row| (row + 1) * shape.heads * out_width <= out.len()));
     let pieces = shape.latent.div_ceil(COLUMNS);
     let out = Shared::new(out);
-    let work = rows * shape.heads * shape.nope * shape.latent;
+    let work = rows.len() * shape.heads * shape.nope * shape.latent;
     workers.run(shape.groups * pieces, work, |task| {
         let (group, first) = (task / pieces, task % pieces * COLUMNS);
         let width = COLUMNS.min(shape.latent - first);
         let (mut from, mut to) = (Vec::new(), Vec::new());
-        for row in 0..rows {
-            for head in groups[group].clone() {
+        for &row in rows {
+            for head in shape.heads_of(group) {
                 let at = row * shape.heads + head;
                 from.push(q(row)[head * q_width..][..shape.nope].as_ptr());
                 // SAFETY: this query's columns from `first` on are this task's.
@@ -95,15 +94,16 @@ pub(super) fn absorb_output(
     isa: Isa,
     shape: &AttentionShape,
     kv_up: &Matrix,
-    rows: usize,
+    rows: &[usize],
     latent: &[f32],
     out: &mut [f32],
 ) {
     check(shape, kv_up);
-    assert!(latent.len() >= rows * shape.heads * shape.latent && out.len() >= rows * shape.heads * shape.value);
+    let end = rows.iter().max().map_or(0, |row| (row + 1) * shape.heads);
+    assert!(latent.len() >= end * shape.latent && out.len() >= end * shape.value);
     let out = Shared::new(out);
-    for (group, heads) in heads_of_groups(shape).into_iter().enumerate() {
-        let queries = || (0..rows).flat_map(|row| heads.clone().map(move |head| row * shape.heads + head));
+    for group in 0..shape.groups {
+        let queries = || rows.iter().flat_map(|row| shape.heads_of(group).map(move |head| row * shape.heads + head));
         let offsets: Vec<usize> = queries().map(|at| at * shape.latent).collect();
         let targets: Vec<usize> = queries().map(|at| at * shape.value).collect();
         let first = group * (shape.nope + shape.value) + shape.nope;

@@ -10,6 +10,8 @@
 // `unroll!` writes out 8 steps and leaves those past a constant end unreached, which clippy cannot see.
 #![allow(clippy::out_of_bounds_indexing)]
 
+use std::ops::Range;
+
 use super::Workers;
 use super::buffer::{Buffer, Shared, with_scratch};
 use super::linear::tile;
@@ -54,12 +56,28 @@ impl Cache {
     }
 
     /// Elements of a block.
-    fn block_len(&self) -> usize {
+    pub(super) fn block_len(&self) -> usize {
         self.layout.elements() * BLOCK
     }
 
+    /// All elements, block by block.
+    pub(super) fn data(&self) -> &[f32] {
+        &self.data
+    }
+
+    /// Whether it has blocks of `layout`, `blocks` at least.
+    pub(super) fn holds(&self, layout: Layout, blocks: usize) -> bool {
+        self.layout == layout && self.blocks >= blocks
+    }
+
+    /// Calls `write(i, slots)` for each of `tasks`, in parallel; a task writes what no other does.
+    pub(super) fn write(&mut self, workers: &Workers, tasks: usize, work: usize, write: impl Fn(usize, &Slots) + Sync) {
+        let slots = Slots { len: self.block_len(), data: Shared::new(&mut self.data) };
+        workers.run(tasks, work, |i| write(i, &slots));
+    }
+
     /// Refuses block numbers that the cache does not have.
-    fn check(&self, batch: &Batch) -> Result<()> {
+    pub(super) fn check(&self, batch: &Batch) -> Result<()> {
         for span in &batch.spans {
             if let Some(b) = span.blocks.iter().take(span.context.div_ceil(BLOCK)).find(|&&b| b as usize >= self.blocks)
             {
@@ -78,16 +96,26 @@ impl Cache {
         write: impl Fn(usize, Slot) + Sync,
     ) -> Result<()> {
         self.check(batch)?;
-        let len = self.block_len();
-        let data = Shared::new(&mut self.data);
         for span in &batch.spans {
-            workers.run(span.rows, work * span.rows, |i| {
+            self.write(workers, span.rows, work * span.rows, |i, slots| {
                 let position = span.context - span.rows + i;
-                let block = span.blocks[position / BLOCK] as usize;
-                write(span.first + i, Slot { data, start: block * len, index: position % BLOCK });
+                write(span.first + i, slots.slot(span.blocks[position / BLOCK] as usize, position % BLOCK));
             });
         }
         Ok(())
+    }
+}
+
+/// A cache that is being written.
+pub(super) struct Slots<'a> {
+    data: Shared<'a, f32>,
+    len: usize,
+}
+
+impl<'a> Slots<'a> {
+    /// The place of a block's token `index`.
+    pub fn slot(&self, block: usize, index: usize) -> Slot<'a> {
+        Slot { data: self.data, start: block * self.len, index }
     }
 }
 
@@ -110,8 +138,14 @@ impl Slot<'_> {
     /// This token's row of a `[BLOCK, width]` part of the block that starts at its element `first`.
     #[allow(clippy::mut_from_ref)]
     pub fn row(&self, first: usize, width: usize) -> &mut [f32] {
-        // SAFETY: this token's elements alone, and a slot is used by one task.
-        unsafe { self.data.slice(self.start + first + self.index * width, width) }
+        self.columns(first, width, 0..width)
+    }
+
+    /// Some columns of this token's [`row`](Slot::row).
+    #[allow(clippy::mut_from_ref)]
+    pub fn columns(&self, first: usize, width: usize, columns: Range<usize>) -> &mut [f32] {
+        // SAFETY: this token's elements alone, and a slot's columns are used by one task.
+        unsafe { self.data.slice(self.start + first + self.index * width + columns.start, columns.len()) }
     }
 }
 
@@ -130,8 +164,8 @@ struct Query {
 struct Task<'a> {
     span: &'a Span,
     group: usize,
-    rows: std::ops::Range<usize>,
-    heads: std::ops::Range<usize>,
+    rows: Range<usize>,
+    heads: Range<usize>,
 }
 
 impl Task<'_> {
@@ -150,10 +184,10 @@ impl Task<'_> {
     }
 }
 
-/// Cuts the batch into tiles. `groups[g]` is the heads that share keys; a tile has at most `most` queries.
-fn tasks<'a>(batch: &'a Batch, groups: &[std::ops::Range<usize>], most: usize) -> Vec<Task<'a>> {
+/// Cuts sequences' rows into tiles. `groups[g]` is the heads that share keys; a tile has at most `most` queries.
+fn tasks<'a>(spans: &[&'a Span], groups: &[Range<usize>], most: usize) -> Vec<Task<'a>> {
     let mut all = Vec::new();
-    for span in &batch.spans {
+    for &span in spans {
         for (group, heads) in groups.iter().enumerate().filter(|(_, h)| !h.is_empty()) {
             let width = heads.len().div_ceil(heads.len().div_ceil(most));
             let height = (most / width).max(1);
@@ -169,19 +203,9 @@ fn tasks<'a>(batch: &'a Batch, groups: &[std::ops::Range<usize>], most: usize) -
     all
 }
 
-/// Keys that the step's queries meet, in all.
-fn pairs(batch: &Batch) -> usize {
-    batch.spans.iter().map(|s| s.rows * s.context).sum()
-}
-
-/// The local heads of each local group.
-pub(super) fn heads_of_groups(shape: &AttentionShape) -> Vec<std::ops::Range<usize>> {
-    (0..shape.groups)
-        .map(|g| {
-            let edge = |g: usize| (g * shape.heads_per_group).saturating_sub(shape.first_head_in_group);
-            edge(g).min(shape.heads)..edge(g + 1).min(shape.heads)
-        })
-        .collect()
+/// Keys that queries meet, in all.
+fn pairs(spans: &[&Span]) -> usize {
+    spans.iter().map(|s| s.rows * s.context).sum()
 }
 
 /// See [`Backend::attend_grouped`](crate::backend::Backend::attend_grouped).
@@ -195,10 +219,28 @@ pub(super) fn attend_grouped(
     out: &mut [f32],
 ) -> Result<()> {
     cache.check(batch)?;
+    let spans: Vec<&Span> = batch.spans.iter().collect();
+    attend_groups(workers, isa, &spans, shape, 0..shape.groups, q, cache, out);
+    Ok(())
+}
+
+/// Attention of the heads of some of the rank's groups; `cache` has those groups.
+pub(super) fn attend_groups(
+    workers: &Workers,
+    isa: Isa,
+    spans: &[&Span],
+    shape: &AttentionShape,
+    groups: Range<usize>,
+    q: &[f32],
+    cache: &Cache,
+    out: &mut [f32],
+) {
     let (nope, rope, value) = (shape.nope, shape.rope, shape.value);
-    let tasks = tasks(batch, &heads_of_groups(shape), TILE);
+    let count = groups.len();
+    let heads: Vec<_> = groups.map(|g| shape.heads_of(g)).collect();
+    let tasks = tasks(spans, &heads, TILE);
     let out = Shared::new(out);
-    let work = pairs(batch) * shape.heads * (nope + rope + value);
+    let work = pairs(spans) * heads.iter().map(Range::len).sum::<usize>() * (nope + rope + value);
     workers.run(tasks.len(), work, |i| {
         let task = &tasks[i];
         let group = task.group * (nope + value) * BLOCK;
@@ -217,11 +259,10 @@ pub(super) fn attend_grouped(
                 value,
                 key_at: group,
                 value_at: group + nope * BLOCK,
-                rope_at: shape.groups * (nope + value) * BLOCK,
+                rope_at: count * (nope + value) * BLOCK,
             },
         );
     });
-    Ok(())
 }
 
 /// See [`Backend::attend_latent`](crate::backend::Backend::attend_latent).
@@ -235,12 +276,14 @@ pub(super) fn attend_latent(
     out: &mut [f32],
 ) -> Result<()> {
     cache.check(batch)?;
+    let spans: Vec<&Span> = batch.spans.iter().filter(|s| !shape.expands(s.rows, s.context)).collect();
     let (latent, rope) = (shape.latent, shape.rope);
     // All heads share the latents; few queries are still spread over the workers.
-    let most = (batch.rows() * shape.heads).div_ceil(workers.threads()).clamp(4, TILE);
-    let tasks = tasks(batch, std::slice::from_ref(&(0..shape.heads)), most);
+    let rows: usize = spans.iter().map(|s| s.rows).sum();
+    let most = (rows * shape.heads).div_ceil(workers.threads()).clamp(4, TILE);
+    let tasks = tasks(&spans, std::slice::from_ref(&(0..shape.heads)), most);
     let out = Shared::new(out);
-    let work = pairs(batch) * shape.heads * (2 * latent + rope);
+    let work = pairs(&spans) * shape.heads * (2 * latent + rope);
     workers.run(tasks.len(), work, |i| {
         let task = &tasks[i];
         let queries = task.queries(shape, latent + rope, latent);

@@ -2,11 +2,12 @@
 //!
 //! It is the oracle of the other backends, so its results are strict: a row's bits depend neither on the other rows of
 //! the batch, nor on how a prompt is cut into chunks, nor on threads, instruction set, or a power-of-two world size up
-//! to 8 (see [`linear`]).
+//! to 8 (see [`linear`]). On the absorb path they depend on the chunks in so far as long ones [`expand`].
 
 mod absorb;
 mod attention;
 mod buffer;
+mod expand;
 mod linear;
 mod moe;
 mod ops;
@@ -24,6 +25,7 @@ pub use ops::read_bandwidth;
 pub use rope::RopeTable;
 
 use self::buffer::Shared;
+use self::expand::Expansion;
 use self::linear::{Input, Outputs, Product, local_segments};
 use self::moe::Mlps;
 use self::simd::Isa;
@@ -89,6 +91,7 @@ pub struct CpuBackend {
     batch: Batch,
     /// Activations of the experts between calls.
     hold: Vec<f32>,
+    expansion: Expansion,
     /// Of the last head, `[outputs, vocab]`.
     logits: Vec<f32>,
     vocab: usize,
@@ -111,6 +114,7 @@ impl CpuBackend {
             isa,
             batch: Batch::default(),
             hold: Vec::new(),
+            expansion: Expansion::default(),
             logits: Vec::new(),
             vocab: 0,
             first: 0,
@@ -233,6 +237,12 @@ impl CpuBackend {
         self.each_row(out, x.width, |r, out| {
             isa.run(ops::RmsNorm { x: columns(&x, r), weight, eps, out });
         });
+    }
+
+    /// Rows of sequences that do not expand.
+    fn absorbed_rows(&self, shape: &AttentionShape) -> Vec<usize> {
+        let spans = self.batch.spans.iter().filter(|s| !shape.expands(s.rows, s.context));
+        spans.flat_map(|s| s.first..s.first + s.rows).collect()
     }
 
     fn check_positions(&self, table: &RopeTable) -> Result<()> {
@@ -444,7 +454,8 @@ impl Backend for CpuBackend {
         self.check_view(&q, shape.heads * (shape.nope + shape.rope));
         assert_eq!((out.cols(), rope.dim()), (shape.heads * (shape.latent + shape.rope), shape.rope));
         let positions = &self.batch.positions;
-        absorb::absorb_query(&self.workers, self.isa, shape, kv_up, self.rows(), |r| columns(&q, r), &mut out.data);
+        let rows = self.absorbed_rows(shape);
+        absorb::absorb_query(&self.workers, self.isa, shape, kv_up, &rows, |r| columns(&q, r), &mut out.data);
         self.each_row(out, out.cols(), |r, out| {
             let heads = columns(&q, r).chunks_exact(shape.nope + shape.rope);
             for (q, out) in heads.zip(out.chunks_exact_mut(shape.latent + shape.rope)) {
@@ -461,8 +472,28 @@ impl Backend for CpuBackend {
 
     fn absorb_output(&self, shape: &AttentionShape, kv_up: &Matrix, latent: &Tensor, out: &mut Tensor) -> Result<()> {
         assert_eq!((latent.cols(), out.cols()), (shape.heads * shape.latent, shape.heads * shape.value));
-        absorb::absorb_output(&self.workers, self.isa, shape, kv_up, self.rows(), latent.data(), &mut out.data);
+        let rows = self.absorbed_rows(shape);
+        absorb::absorb_output(&self.workers, self.isa, shape, kv_up, &rows, latent.data(), &mut out.data);
         Ok(())
+    }
+
+    fn attend_expanded(
+        &mut self,
+        shape: &AttentionShape,
+        rope: &RopeTable,
+        kv_up: &Matrix,
+        q: View<Tensor>,
+        cache: &Cache,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.check_positions(rope)?;
+        self.check_view(&q, shape.heads * (shape.nope + shape.rope));
+        assert_eq!(out.cols(), shape.heads * shape.value);
+        let mut expansion = std::mem::take(&mut self.expansion);
+        let q = |r| columns(&q, r);
+        let done = expansion.attend(&self.workers, self.isa, &self.batch, shape, rope, kv_up, q, cache, &mut out.data);
+        self.expansion = expansion;
+        done
     }
 
     fn silu_mul(&self, gate_up: &Tensor, width: usize, out: &mut Tensor) -> Result<()> {

@@ -75,17 +75,17 @@ struct CombineOutput {
     tile: i32,
 }
 #[repr(C)]
-struct Prefill {
-    q: u64,
-    cache: u64,
-    out: u64,
-    block_table: u64,
-    lens: u64,
-    first: u64,
-    rows: u64,
-    groups: i32,
-    max_blocks: i32,
-    scale: f32,
+pub(super) struct Prefill {
+    pub q: u64,
+    pub cache: u64,
+    pub out: u64,
+    pub block_table: u64,
+    pub lens: u64,
+    pub first: u64,
+    pub rows: u64,
+    pub groups: i32,
+    pub max_blocks: i32,
+    pub scale: f32,
 }
 
 /// Which of the two caches is read.
@@ -164,7 +164,7 @@ impl Attention {
             let parts = self.decode(kernels, inputs, shape, form, (i, run), q + skip(q_width), cache, out)?;
             self.combine(kernels, shape, form, run, &parts, out)?;
         }
-        for chunk in &inputs.chunks {
+        for chunk in inputs.chunks(|rows, context| !shape.expands(rows, context)) {
             let (f, [threads, shared, tiles]) = prefill(kernels, &self.gpu, shape, form)?;
             let (groups, per_group) = match form {
                 Form::Grouped => (shape.groups, shape.heads / shape.groups),
@@ -200,8 +200,11 @@ impl Attention {
         out: u64,
     ) -> Result<bool> {
         let fits = decode_source(shape, true, 1, self.gpu.sm() == 90).0.hopper && combines_output(shape);
-        let ([run], true) = (inputs.runs.as_slice(), inputs.chunks.is_empty() && fits) else { return Ok(false) };
+        let ([run], true) = (inputs.runs.as_slice(), fits) else { return Ok(false) };
         let rows = run.count * run.rows;
+        if rows < inputs.rows {
+            return Ok(false);
+        }
         let pairs = rows * shape.heads.min(shape.heads_per_group);
         // About ten clusters: more cost more to start than they share out.
         let tile = (pairs * shape.groups).div_ceil(10).max(2);
@@ -451,6 +454,19 @@ pub fn prefill_constants(shape: &AttentionShape, latent: bool, shared_memory: us
         let per_group = shape.heads / shape.groups.max(1);
         constants.extend([("DN", int(shape.nope)), ("DV", int(shape.value)), ("GS", int(per_group))]);
     }
+    constants
+}
+
+/// The constants of the prefill kernel over keys and values that were expanded from latents, `per_group` heads a group.
+pub fn expanded_constants(
+    shape: &AttentionShape,
+    per_group: usize,
+    interleave: bool,
+    shared_memory: usize,
+) -> Vec<(&'static str, i64)> {
+    let part = AttentionShape { heads: per_group, groups: 1, ..*shape };
+    let mut constants = prefill_constants(&part, false, shared_memory);
+    constants.extend([("EXPANDED", 1), ("DC", shape.latent as i64), ("INTERLEAVE", i64::from(interleave))]);
     constants
 }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 
 use super::context::{Gpu, check, null};
-use super::step::{DECODE_ROWS, bucket};
-use crate::backend::Batch;
+use super::step::bucket;
+use crate::backend::{Batch, DECODE_ROWS};
 use crate::error::Result;
 
 /// What a recorded step was made for.

@@ -77,6 +77,8 @@ pub mod source {
         ROPE_APPEND_GROUPED = "rope_append_grouped" exports "VEC";
         /// Norms of latents, and their append.
         APPEND_LATENT = "append_latent" exports "LATENT_THREADS";
+        /// Cached latents as rows of a matrix.
+        GATHER_LATENTS = "gather_latents" exports "GATHER_THREADS";
         /// The absorb path's products.
         ABSORB_PRODUCT = "absorb_product" exports "QUERY_SMEM" "OUTPUT_SMEM";
         /// Partial results of latent decode attention, joined and taken through W_UV.

@@ -1,6 +1,7 @@
 //! What a rank will take of its GPU's memory, before anything is loaded.
 
 use super::context::{Gpu, GpuInfo};
+use super::expand;
 use super::step;
 use super::{CudaOptions, cache_bytes};
 use crate::backend::Budget;
@@ -145,7 +146,7 @@ fn activations(model: &ModelConfig, owned: &Owned, options: &CudaOptions) -> usi
 }
 
 /// What grows with the first steps: partial results of split attention, a decode step's logits, the experts' rows of a
-/// full step. Kernels and graphs take next to nothing beside them.
+/// full step, and on the absorb path what long chunks expand. Kernels and graphs take next to nothing beside them.
 fn later(model: &ModelConfig, owned: &Owned, options: &CudaOptions, gpu: &GpuInfo) -> usize {
     let sequences = step::bucket(options.max_sequences);
     let width = match &model.attention {
@@ -158,6 +159,11 @@ fn later(model: &ModelConfig, owned: &Owned, options: &CudaOptions, gpu: &GpuInf
     let ctas = if gpu.capability == (9, 0) && width.is_multiple_of(64) { 1 } else { 4 };
     pages.add((sequences + ctas * gpu.multiprocessors) * owned.heads.len() * (width + 1) * 4);
     pages.add(sequences * owned.vocab.len() * 4);
+    if let (Attention::Latent(a), Path::Absorb) = (&model.attention, owned.path) {
+        let (latents, kv) = expand::bytes(owned.groups.len(), a.nope + a.value, a.kv_rank, options.max_context);
+        pages.add(latents);
+        pages.add(kv);
+    }
     if let Some(moe) = &model.moe {
         let slots = moe.top_k + usize::from(moe.shared_width > 0);
         let width = owned.shard.range(moe.width).len().max(owned.shard.range(moe.shared_width).len());

@@ -5,6 +5,7 @@
 
 mod attention;
 pub(crate) mod context;
+mod expand;
 mod experts;
 mod graph;
 pub mod kernels;
@@ -23,7 +24,7 @@ use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use attention::{combines_output, decode_source, prefill_constants};
+pub use attention::{combines_output, decode_source, expanded_constants, prefill_constants};
 pub use context::{Gpu, GpuInfo, Memory, available};
 pub use experts::{Experts, Routing, expert_constants, route_constants};
 pub use load::{Matrix, Vector};
@@ -145,6 +146,7 @@ pub struct CudaBackend {
     inputs: Inputs,
     attention: Attention,
     experts: experts::Workspace,
+    expansion: Option<expand::Workspace>,
     graphs: Graphs,
     reduce: Reduce,
     one_shot: Option<OneShot>,
@@ -188,6 +190,13 @@ impl Tensor {
     fn at(&self) -> u64 {
         self.memory.at()
     }
+}
+
+/// An operand of a product.
+#[derive(Clone, Copy)]
+struct Operand {
+    at: u64,
+    stride: usize,
 }
 
 /// The address of a view's first element.
@@ -444,6 +453,7 @@ impl Parts {
             inputs,
             attention: Attention::new(&gpu),
             experts: experts::Workspace::default(),
+            expansion: None,
             graphs: Graphs::default(),
             reduce,
             one_shot,

@@ -12,7 +12,9 @@ use super::matmul::Product;
 use super::memory;
 use super::reduce::{self, Reduce};
 use super::stream::{self, Cut, TensorMap};
-use super::{Cache, CudaBackend, Experts, Matrix, RopeTable, Routing, Tensor, Vector, address, cache_bytes, expect};
+use super::{
+    Cache, CudaBackend, Experts, Matrix, Operand, RopeTable, Routing, Tensor, Vector, address, cache_bytes, expect,
+};
 use crate::backend::{AttentionShape, Backend, Batch, Budget, ExpertSlices, Normed, Rates, Reduction, View};
 use crate::cache::{BLOCK, Layout};
 use crate::checkpoint::Slice;
@@ -90,13 +92,6 @@ struct Latents {
     strides: [i32; 5],
     max_blocks: i32,
     eps: f32,
-}
-
-/// An operand of a product.
-#[derive(Clone, Copy)]
-struct Operand {
-    at: u64,
-    stride: usize,
 }
 
 impl CudaBackend {
@@ -231,19 +226,25 @@ impl CudaBackend {
         out: &Tensor,
         columns: usize,
     ) -> Result<()> {
-        let pairs = self.rows() * shape.heads.min(shape.heads_per_group);
-        let tile = if pairs <= 512 { 16 } else { 64 };
-        let constants = absorb_constants(shape, rope.is_some_and(|r| r.interleave), tile);
-        let f = self.kernels.get(&source::ABSORB_PRODUCT, entry, &constants)?;
-        let (cos, sin) = rope.map_or((0, 0), |r| (r.cos.at(), r.sin.at()));
-        let a = AbsorbProduct(
-            [kv_up.memory.at(), x.at, out.at(), cos, sin, self.inputs.positions()],
-            [x.stride, self.rows(), shape.heads, shape.heads_per_group, shape.first_head_in_group].map(|n| n as i32),
-        );
-        let [query, output, _] = f.exports();
-        let shared = if rope.is_some() { query } else { output };
-        let grid = (columns.div_ceil(64), pairs.div_ceil(tile), shape.groups);
-        self.kernels.launch(f, Launch { grid, block: 128, shared, ..Launch::default() }, arguments![a])
+        for rows in self.inputs.rows_of(|rows, context| !shape.expands(rows, context)) {
+            let pairs = rows.len() * shape.heads.min(shape.heads_per_group);
+            let tile = if pairs <= 512 { 16 } else { 64 };
+            let constants = absorb_constants(shape, rope.is_some_and(|r| r.interleave), tile);
+            let f = self.kernels.get(&source::ABSORB_PRODUCT, entry, &constants)?;
+            let (cos, sin) = rope.map_or((0, 0), |r| (r.cos.at(), r.sin.at()));
+            let from = |at: u64, bytes: usize| at + (rows.start * bytes) as u64;
+            let (x_at, out_at) = (from(x.at, 2 * x.stride), from(out.at(), 2 * out.cols));
+            let positions = from(self.inputs.positions(), 4);
+            let a = AbsorbProduct(
+                [kv_up.memory.at(), x_at, out_at, cos, sin, positions],
+                [x.stride, rows.len(), shape.heads, shape.heads_per_group, shape.first_head_in_group].map(|n| n as i32),
+            );
+            let [query, output, _] = f.exports();
+            let shared = if rope.is_some() { query } else { output };
+            let grid = (columns.div_ceil(64), pairs.div_ceil(tile), shape.groups);
+            self.kernels.launch(f, Launch { grid, block: 128, shared, ..Launch::default() }, arguments![a])?;
+        }
+        Ok(())
     }
 
     /// The norms of both latents, and where `append` has them the cache and what else goes there.
@@ -692,6 +693,18 @@ impl Backend for CudaBackend {
         }
         self.attend_latent(shape, q, cache, latent)?;
         self.absorb_output(shape, kv_up, latent, out)
+    }
+
+    fn attend_expanded(
+        &mut self,
+        shape: &AttentionShape,
+        rope: &RopeTable,
+        kv_up: &Matrix,
+        q: View<Tensor>,
+        cache: &Cache,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.expand(shape, rope, kv_up, Operand { at: address(&q), stride: q.tensor.cols }, cache, out)
     }
 
     fn silu_mul(&self, gate_up: &Tensor, width: usize, out: &mut Tensor) -> Result<()> {

@@ -1,16 +1,14 @@
 //! A step's tokens, positions and block tables on the GPU: one asynchronous copy from page-locked memory, and of the
 //! block tables only what changed.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::context::{Event, Gpu, Memory, Pinned, bytes_of};
 use super::tokens::SIDES;
-use crate::backend::Batch;
+use crate::backend::{Batch, DECODE_ROWS, Span};
 use crate::cache::BLOCK;
 use crate::error::{Error, Result};
-
-/// Rows of one sequence up to which decode attention takes it.
-pub(crate) const DECODE_ROWS: usize = 4;
 
 /// Neighbouring sequences that decode together: each has `rows` rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +32,17 @@ pub(crate) struct Chunk {
     pub count: usize,
     /// Rows of the longest.
     pub rows: usize,
+}
+
+/// A sequence's part of the step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Extent {
+    /// First row.
+    pub first: usize,
+    /// Rows.
+    pub rows: usize,
+    /// Tokens in the cache, the new ones included.
+    pub context: usize,
 }
 
 /// What is on its way to the GPU, in page-locked memory: two steps may be under way.
@@ -63,8 +72,8 @@ pub(crate) struct Inputs {
     pub wanted: usize,
     /// Decoding sequences.
     pub runs: Vec<Run>,
-    /// Prefilling sequences.
-    pub chunks: Vec<Chunk>,
+    /// All sequences, padding included.
+    pub extents: Vec<Extent>,
 }
 
 impl Inputs {
@@ -73,7 +82,7 @@ impl Inputs {
         let max_spans = bucket(max_spans);
         let max_rows = max_rows.max(max_spans);
         let max_blocks = max_context.div_ceil(BLOCK).max(1);
-        let ints = 7 * max_rows + 3 * max_spans + 1;
+        let ints = 7 * max_rows + 4 * max_spans + 1;
         let staged = || {
             let table = Pinned::new(gpu, 4 * max_spans * max_blocks)?;
             Ok(Staged { ints: Pinned::new(gpu, 4 * ints)?, table, copied: Event::new(gpu)? })
@@ -91,7 +100,7 @@ impl Inputs {
             outputs: 0,
             wanted: 0,
             runs: vec![],
-            chunks: vec![],
+            extents: vec![],
         })
     }
 
@@ -130,7 +139,7 @@ impl Inputs {
     }
     /// Which side of the tokens' host memory the step writes. `[1]`
     pub fn side(&self) -> u64 {
-        self.device.at() + 4 * (7 * self.max_rows + 3 * self.max_spans) as u64
+        self.device.at() + 4 * (7 * self.max_rows + 4 * self.max_spans) as u64
     }
     /// Tokens in the cache, from sequence `span` on; 0 for padding. `[spans]`
     pub fn lens(&self, span: usize) -> u64 {
@@ -144,6 +153,10 @@ impl Inputs {
     pub fn span_rows(&self, span: usize) -> u64 {
         self.device.at() + 4 * (7 * self.max_rows + 2 * self.max_spans + span) as u64
     }
+    /// Blocks of the sequences in prefill before it, from sequence `span` on. `[spans]`
+    pub fn blocks_before(&self, span: usize) -> u64 {
+        self.device.at() + 4 * (7 * self.max_rows + 3 * self.max_spans + span) as u64
+    }
     /// Block tables, from sequence `span` on. `[spans, max_blocks]`
     pub fn tables(&self, span: usize) -> u64 {
         self.table.at() + 4 * (span * self.max_blocks) as u64
@@ -152,24 +165,46 @@ impl Inputs {
     /// Takes a batch as it is, on a side that no step under way has.
     pub fn begin(&mut self, batch: &Batch, side: usize) -> Result<()> {
         self.upload(batch, side, batch.spans.len(), batch.rows(), batch.outputs.len())?;
-        (self.runs, self.chunks) = (vec![], vec![]);
-        for (i, span) in batch.spans.iter().enumerate() {
-            if span.rows <= DECODE_ROWS {
-                match self.runs.last_mut() {
-                    Some(run) if run.span + run.count == i && run.rows == span.rows => run.count += 1,
-                    _ => self.runs.push(Run { span: i, count: 1, first: span.first, rows: span.rows }),
-                }
-            } else {
-                match self.chunks.last_mut() {
-                    Some(chunk) if chunk.span + chunk.count == i => {
-                        chunk.count += 1;
-                        chunk.rows = chunk.rows.max(span.rows);
-                    }
-                    _ => self.chunks.push(Chunk { span: i, count: 1, rows: span.rows }),
-                }
+        let extent = |s: &Span| Extent { first: s.first, rows: s.rows, context: s.context };
+        self.extents = batch.spans.iter().map(extent).collect();
+        self.runs.clear();
+        for (i, span) in batch.spans.iter().enumerate().filter(|(_, s)| s.rows <= DECODE_ROWS) {
+            match self.runs.last_mut() {
+                Some(run) if run.span + run.count == i && run.rows == span.rows => run.count += 1,
+                _ => self.runs.push(Run { span: i, count: 1, first: span.first, rows: span.rows }),
             }
         }
         Ok(())
+    }
+
+    /// Prefilling sequences that `takes` takes by their rows and context.
+    pub fn chunks(&self, takes: impl Fn(usize, usize) -> bool) -> Vec<Chunk> {
+        let mut chunks: Vec<Chunk> = vec![];
+        for (i, extent) in self.extents.iter().enumerate() {
+            if extent.rows <= DECODE_ROWS || !takes(extent.rows, extent.context) {
+                continue;
+            }
+            match chunks.last_mut() {
+                Some(chunk) if chunk.span + chunk.count == i => {
+                    chunk.count += 1;
+                    chunk.rows = chunk.rows.max(extent.rows);
+                }
+                _ => chunks.push(Chunk { span: i, count: 1, rows: extent.rows }),
+            }
+        }
+        chunks
+    }
+
+    /// Rows of the sequences that `takes` takes.
+    pub fn rows_of(&self, takes: impl Fn(usize, usize) -> bool) -> Vec<Range<usize>> {
+        let mut ranges: Vec<Range<usize>> = vec![];
+        for extent in self.extents.iter().filter(|e| takes(e.rows, e.context)) {
+            match ranges.last_mut() {
+                Some(range) if range.end == extent.first => range.end += extent.rows,
+                _ => ranges.push(extent.first..extent.first + extent.rows),
+            }
+        }
+        ranges
     }
 
     /// Takes a decode batch padded to `spans` sequences of `rows` rows each, all of them outputs if any is.
@@ -177,7 +212,7 @@ impl Inputs {
         let outputs = if batch.outputs.is_empty() { 0 } else { spans * rows };
         self.upload(batch, side, spans, spans * rows, outputs)?;
         self.runs = vec![Run { span: 0, count: spans, first: 0, rows }];
-        self.chunks.clear();
+        self.extents = (0..spans).map(|i| Extent { first: i * rows, rows, context: 0 }).collect();
         Ok(())
     }
 
@@ -200,6 +235,8 @@ impl Inputs {
         let (lens, rest) = rest.split_at_mut(s);
         let (firsts, rest) = rest.split_at_mut(s);
         let (span_rows, rest) = rest.split_at_mut(s);
+        let (blocks_before, rest) = rest.split_at_mut(s);
+        let mut before = 0;
         rest[0] = side as i32;
         let live = batch.rows();
         for i in 0..rows {
@@ -227,6 +264,8 @@ impl Inputs {
             }
             (lens[i], firsts[i], span_rows[i]) = (span.context as i32, span.first as i32, span.rows as i32);
             row_seq[span.first..span.first + span.rows].fill(i as i32);
+            blocks_before[i] = before as i32;
+            before += if span.rows > DECODE_ROWS { span.context.div_ceil(BLOCK) } else { 0 };
         }
         self.gpu.upload(self.device.at(), bytes_of(staged.ints.slice::<i32>()))?;
         // A block table changes by one entry every BLOCK tokens, and whole only when sequences come and go.

@@ -163,6 +163,7 @@ impl Case<'_> {
             value: a.value,
             latent: if self.absorb { a.latent } else { 0 },
             scale: ((a.nope + a.rope) as f32).powf(-0.5),
+            expand: false,
         };
         let layout = if self.absorb {
             Layout::Latent { latent: a.latent, rope: a.rope }
