@@ -394,7 +394,7 @@ fn long_chunks_give_the_gqa_paths_bits_and_short_ones_the_absorbed() {
         };
         let up = case.up(&mut random).unwrap();
         // (rows, context): whole prompts, a prompt's later chunks, decode of one to four rows.
-        let mut sequences = vec![(130, 130), (1 + random.below(40), 150), (70, 200), (1, 65), (4, 90), (1, 1)];
+        let mut sequences = [(130, 130), (1 + random.below(40), 150), (70, 200), (1, 65), (4, 90), (1, 1)];
         for i in (1..sequences.len()).rev() {
             sequences.swap(i, random.below(i + 1));
         }
