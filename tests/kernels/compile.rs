@@ -104,7 +104,9 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
         add(&source::GATHER_LATENTS, vec![("DC", int(s.latent)), dr]);
         for (per_group, interleave) in [(s.heads_per_group, true), (1, false)] {
             let shared = if hopper { 227 << 10 } else { 99 << 10 };
-            add(&source::PREFILL, expanded_constants(&s, per_group, interleave, shared));
+            for shared in [shared, shared / 2] {
+                add(&source::PREFILL, expanded_constants(&s, per_group, interleave, shared));
+            }
         }
         for interleave in [true, false] {
             for q_rank in [0, 768, 77] {

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::attention::{Prefill, expanded_constants};
 use super::context::Memory;
-use super::kernels::{Launch, arguments, source};
+use super::kernels::{Function, Launch, arguments, source};
 use super::matmul::Product;
 use super::{Cache, CudaBackend, Matrix, Operand, RopeTable, Tensor, expect};
 use crate::backend::AttentionShape;
@@ -208,6 +208,19 @@ impl CudaBackend {
         Ok(())
     }
 
+    /// The kernel that attends a part of a lot.
+    fn prefill_of(&self, shape: &AttentionShape, rope: &RopeTable, lot: &Lot, part: &Part) -> Result<Function> {
+        let gpu = &self.gpu.info;
+        let constants = |memory| expanded_constants(shape, part.per_group, rope.interleave, memory);
+        let get = |constants: &[_]| self.kernels.get(&source::PREFILL, "prefill", constants);
+        let tiles = |constants: &[(&str, i64)]| constants.iter().find(|c| c.0 == "MT").map_or(1, |c| c.1 as usize);
+        let (alone, beside) = (constants(gpu.shared_memory), constants(gpu.shared_memory / 2));
+        let ctas = (lot.rows * part.per_group).div_ceil(16 * tiles(&alone)) * part.groups.len() * lot.count;
+        // Where not every CTA has a multiprocessor of its own, two on one that load no block ahead are faster than one
+        // that does: by 8 % with the canonical shape, by 22 % with GLM-4.7-Flash's at G=4 (512 rows, 8192 tokens, H200).
+        if ctas > gpu.multiprocessors && tiles(&beside) == tiles(&alone) { get(&beside) } else { get(&alone) }
+    }
+
     /// Attention of some of the groups that are expanded.
     fn attend_part(
         &self,
@@ -221,8 +234,7 @@ impl CudaBackend {
         groups: &Range<usize>,
         part: &Part,
     ) -> Result<()> {
-        let constants = expanded_constants(shape, part.per_group, rope.interleave, self.gpu.info.shared_memory);
-        let f = self.kernels.get(&source::PREFILL, "prefill", &constants)?;
+        let f = self.prefill_of(shape, rope, lot, part)?;
         let [threads, shared, tiles] = f.exports();
         let width = shape.nope + shape.value;
         let a = ExpandedPrefill {
