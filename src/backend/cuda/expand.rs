@@ -137,8 +137,10 @@ impl CudaBackend {
                 && out.cols == shape.heads * shape.value,
             || format!("{:?} expanded by [{}, {}] for {shape:?}", cache.layout, kv_up.rows, kv_up.cols),
         )?;
-        if self.expansion.is_none() {
-            let (latents, kv) = bytes(shape.groups, width, shape.latent, self.options.max_context);
+        // One size for a model, whatever the step; another model's on the same backend may be larger.
+        let (latents, kv) = bytes(shape.groups, width, shape.latent, self.options.max_context);
+        if self.expansion.as_ref().is_none_or(|room| room.latents.bytes() < latents || room.kv.bytes() < kv) {
+            self.expansion = None;
             let memory = |bytes| Memory::uninit(&self.gpu, bytes);
             self.expansion = Some(Workspace { latents: memory(latents)?, kv: memory(kv)? });
         }
@@ -178,7 +180,7 @@ impl CudaBackend {
         let width = shape.nope + shape.value;
         let weights = kv_up.memory.at() + (groups.start * width * shape.latent * 2) as u64;
         let tokens = (lot.blocks * BLOCK).next_multiple_of(STEP);
-        let piece = room.latents.bytes() / (shape.latent * 2);
+        let piece = (room.latents.bytes() / (shape.latent * 2) / STEP * STEP).min(PIECE);
         for from in (0..tokens).step_by(piece) {
             let rows = piece.min(tokens - from);
             let a = GatherLatents {
