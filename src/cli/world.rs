@@ -193,7 +193,7 @@ pub fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {
 /// The ranks: this process alone.
 #[cfg(not(feature = "mpi"))]
 pub fn world(tp: Option<u32>) -> Result<Box<dyn Communicator>> {
-    let mut comm = crate::comm::connect()?;
+    let comm = crate::comm::connect()?;
     agree_on_tp(&*comm, tp)?;
     Ok(comm)
 }

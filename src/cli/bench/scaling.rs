@@ -12,7 +12,6 @@ use super::plot::{Curve, Point, scaling};
 use super::report;
 use crate::backend::cuda;
 use crate::cli::world::{self, DeviceChoice};
-use crate::comm::launch;
 use crate::error::{Error, Result};
 use crate::model::shard::{Path, world_sizes};
 
@@ -129,7 +128,7 @@ fn decode(args: &Args, path: Path, world: usize, shard_alone: bool, batch: usize
     let out = std::env::temp_dir().join(format!("gqla-scaling-{}-{path}-{world}.json", std::process::id()));
     let me = std::env::current_exe().map_err(|e| Error::io("gqla", e))?;
     let mut command = if world > 1 && !shard_alone {
-        let mut command = launch::mpirun(world)?;
+        let mut command = ranks(world)?;
         command.arg(me);
         command
     } else {
@@ -157,6 +156,14 @@ fn decode(args: &Args, path: Path, world: usize, shard_alone: bool, batch: usize
     // A file of ours in the temporary folder: leaving it behind is no harm.
     let _ = std::fs::remove_file(&out);
     serde_json::from_str(&text).map_err(|e| Error::Internal(format!("{}: {e}", out.display())))
+}
+
+/// The command that starts `world` ranks.
+fn ranks(world: usize) -> Result<Command> {
+    #[cfg(feature = "mpi")]
+    return crate::comm::launch::mpirun(world);
+    #[cfg(not(feature = "mpi"))]
+    Err(Error::Usage(format!("{world} ranks need MPI, and this gqla was built without it: --devices 1 projects them")))
 }
 
 /// A flag's value as it is written on the command line.
