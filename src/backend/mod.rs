@@ -353,6 +353,12 @@ pub trait Backend: Send + Sized {
         self.attend_latent(shape, q, cache, latent)?;
         self.absorb_output(shape, kv_up, latent, out)
     }
+    /// Whether a model lets long chunks [expand](AttentionShape::expands) here: where it is fast, and where a row's bits
+    /// need not be the same however a prompt is cut into chunks.
+    fn expands(&self, shape: &AttentionShape) -> bool {
+        let _ = shape;
+        false
+    }
     /// The same for the rows of sequences that the shape [expands](AttentionShape::expands), and for no others, in GQA
     /// form: `W_UK c` and `W_UV c` of their cached latents are made for the purpose. `q` `[rows, heads·(nope+rope)]`,
     /// not turned yet → `out` `[rows, heads·value]`.

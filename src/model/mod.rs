@@ -106,7 +106,7 @@ impl<B: Backend> Model<B> {
         } else {
             vec![table(&shared.inv_freq)?]
         };
-        let shape = attention_shape(config, owned);
+        let shape = attention_shape(backend, config, owned);
         let act = Activations::new(backend, config, owned, &shape, max_rows)?;
         progress(parts, parts);
         Ok(Model {
@@ -141,7 +141,7 @@ impl<B: Backend> Model<B> {
         let shared = rope::frequencies(&config.rope, config.rope_dim());
         let inv_freq = loaded.inv_freq.as_deref().unwrap_or(&shared.inv_freq);
         let layout = Layout::of(config, owned);
-        let shape = attention_shape(config, owned);
+        let shape = attention_shape(backend, config, owned);
         let vocabulary = [config.vocab, config.hidden];
         let first_row = checkpoint.slice("model.embed_tokens.weight", &vocabulary, 0..1, 0..config.hidden)?;
         Ok(Model {
@@ -322,14 +322,14 @@ fn mlp<'a, B: Backend>(
     }
 }
 
-/// The dimensions attention is specialised to on this rank.
-pub fn attention_shape(config: &ModelConfig, owned: &Owned) -> AttentionShape {
+/// The dimensions attention is specialised to on this rank, and whether long chunks expand there.
+pub fn attention_shape<B: Backend>(backend: &B, config: &ModelConfig, owned: &Owned) -> AttentionShape {
     let per_group = config.heads() / config.groups();
     let (nope, rope, value, latent) = match &config.attention {
         Attention::Latent(a) => (a.nope, a.rope, a.value, a.kv_rank),
         Attention::Grouped(a) => (a.head_dim, 0, a.head_dim, 0),
     };
-    AttentionShape {
+    let shape = AttentionShape {
         heads: owned.heads.len(),
         groups: owned.groups.len(),
         first_head_in_group: owned.heads.start - owned.groups.start * per_group,
@@ -339,8 +339,9 @@ pub fn attention_shape(config: &ModelConfig, owned: &Owned) -> AttentionShape {
         value,
         latent,
         scale: rope::softmax_scale(config),
-        expand: owned.path == Path::Absorb,
-    }
+        expand: false,
+    };
+    AttentionShape { expand: owned.path == Path::Absorb && backend.expands(&shape), ..shape }
 }
 
 impl<B: Backend> Activations<B> {

@@ -2,7 +2,8 @@
 //!
 //! It is the oracle of the other backends, so its results are strict: a row's bits depend neither on the other rows of
 //! the batch, nor on how a prompt is cut into chunks, nor on threads, instruction set, or a power-of-two world size up
-//! to 8 (see [`linear`]). On the absorb path they depend on the chunks in so far as long ones [`expand`].
+//! to 8 (see [`linear`]). Long chunks could [`expand`] on the absorb path, in half the time; models do not let them here, for
+//! their bits would depend on the chunks.
 
 mod absorb;
 mod attention;

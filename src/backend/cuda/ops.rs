@@ -695,6 +695,10 @@ impl Backend for CudaBackend {
         self.absorb_output(shape, kv_up, latent, out)
     }
 
+    fn expands(&self, shape: &AttentionShape) -> bool {
+        [shape.nope, shape.rope, shape.value, shape.latent].iter().all(|n| n.is_multiple_of(8))
+    }
+
     fn attend_expanded(
         &mut self,
         shape: &AttentionShape,
