@@ -36,6 +36,23 @@ fn world_sizes_and_paths_give_the_same_logits() {
 }
 
 #[test]
+fn logits_do_not_depend_on_how_a_prompt_is_cut() {
+    let prompt: Vec<u32> = (0..500).map(|i| 1 + i * 37 % 700).collect();
+    for path in [Path::Gqa, Path::Absorb] {
+        let cut = |step_tokens: usize, world: usize| {
+            let mut config = model::config("tiny-glm-gqla", Some(path));
+            config.step_tokens = step_tokens;
+            model::logits(&config, world, std::slice::from_ref(&prompt)).remove(0)
+        };
+        let whole = cut(512, 1);
+        assert!(!whole.is_empty());
+        for (step_tokens, world) in [(200, 1), (33, 1), (512, 2), (200, 4)] {
+            assert_eq!(cut(step_tokens, world), whole, "{path}, {step_tokens} tokens a step, W={world}");
+        }
+    }
+}
+
+#[test]
 fn sampled_tokens_do_not_depend_on_world_size_or_company() {
     // Without truncation the ranks choose, unless the company's log-probabilities bring the logits to rank 0.
     let ask = |top_p: f32, world: usize, company: usize| {
