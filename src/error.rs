@@ -1,5 +1,6 @@
 //! The one error type. Every message names what it is about (rank, file, tensor, field) and what to do.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 /// What went wrong, with the remedy in its text.
@@ -92,4 +93,10 @@ impl Error {
     pub fn checkpoint(file: impl Into<PathBuf>, what: impl Into<String>) -> Error {
         Error::Checkpoint { file: file.into(), what: what.into() }
     }
+}
+
+/// Prints `gqla: what` on stderr in one piece, for all ranks write to the same one. mpirun reads it through a pipe: when
+/// that is gone, so is the reader, and it must not stop us.
+pub(crate) fn tell(what: &str) {
+    let _ = std::io::stderr().write_all(format!("gqla: {what}\n").as_bytes());
 }

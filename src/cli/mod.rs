@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, tell};
 
 /// Exit codes as `--help` shows them; [`Error::exit_code`] is the source.
 const EXIT_CODES: &str = "\
@@ -88,7 +88,7 @@ pub fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("gqla: {}", error.to_string().replace('\n', " "));
+            tell(&error.to_string().replace('\n', " "));
             ExitCode::from(error.exit_code() as u8)
         }
     }

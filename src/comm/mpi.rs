@@ -9,7 +9,6 @@
 //! them, so they are then leaked, and no further operation is tried.
 
 use std::ffi::{c_char, c_int, c_void};
-use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -21,7 +20,7 @@ use super::pace::{Pace, Turn, crowded};
 use super::roll::{GRACE, Roll, silent};
 use super::watch::{self, Watch};
 use super::{Communicator, WATCHDOG, check_gather, is_small, name_ranks, share, tree_sum};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, tell};
 
 /// What a call into MPI may take beyond the bound of the wait that it belongs to.
 const SLACK: Duration = Duration::from_secs(5);
@@ -528,7 +527,7 @@ impl Communicator for MpiComm {
     }
 
     fn abort(&mut self, code: i32, why: &str) {
-        let _ = writeln!(std::io::stderr(), "gqla: rank {}: {why}", self.rank);
+        tell(&format!("rank {}: {why}", self.rank));
         self.watch.come_back();
         self.watch.arm(SLACK);
         // SAFETY: the communicator is valid. What MPI_Abort needs of mpirun it waits for; the watch bounds that.

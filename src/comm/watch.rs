@@ -6,7 +6,6 @@
 //! stopped at the wrong instruction or for a launcher that no longer answers; and that a call into a device's driver or
 //! NCCL does not, because it waits for a rank that is lost.
 
-use std::io::Write;
 use std::os::unix::process::parent_id;
 use std::sync::atomic::{
     AtomicU64,
@@ -15,7 +14,7 @@ use std::sync::atomic::{
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, tell};
 
 /// How often the thread looks.
 const LOOK: Duration = Duration::from_millis(200);
@@ -149,8 +148,7 @@ impl Shared {
 
 /// Prints why, and ends this process at once with the exit code of a lost rank.
 pub(super) fn end(rank: usize, why: &str) -> ! {
-    // mpirun reads our stderr through a pipe: when it is gone, so is the reader, and that must not stop us.
-    let _ = writeln!(std::io::stderr(), "gqla: rank {rank}: {why}");
+    tell(&format!("rank {rank}: {why}"));
     let code = Error::Rank { rank, what: String::new() }.exit_code();
     // SAFETY: _exit has no preconditions. MPI's exit handlers, which `exit` would run, may wait for the lost rank.
     unsafe { libc::_exit(code) }
