@@ -14,6 +14,7 @@ mod load;
 mod matmul;
 mod memory;
 mod ops;
+mod products;
 mod rates;
 mod reduce;
 mod step;
