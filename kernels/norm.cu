@@ -2,12 +2,18 @@
 // many layers add to it is not rounded away. One CTA a row, the row in registers.
 //
 // -D WIDTH  columns normed; -D X_BF16=1 if the residual x is bf16
+//    RESULTS, TOP_K: what is added is the weighted sum of RESULTS experts' results, of which
+//    the first TOP_K have weights (experts_sum's product, not taken through memory)
 // norm_rows, add_norm: grid rows; block NORM_THREADS =
 //   min(1024, V / 8 rounded up to a multiple of 32), V = WIDTH if WIDTH % 8 == 0,
 //   else 8 * WIDTH (then a thread takes single elements).
 
 #ifndef X_BF16
 #define X_BF16 0
+#endif
+#ifndef RESULTS
+#define RESULTS 0
+#define TOP_K 0
 #endif
 #if X_BF16
 typedef u16 Residual;
@@ -22,9 +28,17 @@ struct Norm {
   float eps;
 };
 
-// x += partial (+ bias); out = rmsnorm(x) * weight
+// What a rank adds.
+struct Partial {
+  const u16* sum;        // [rows, WIDTH]; null where RESULTS > 0:
+  const float* results;  // [rows, RESULTS, WIDTH]
+  const float* weights;  // [rows, TOP_K]
+  const int* ids;        // [rows, TOP_K], negative for padding, which adds zeros
+};
+
+// x += partial, summed over the ranks (+ bias); out = rmsnorm(x) * weight
 struct AddNorm {
-  const u16* partial;   // [rows, WIDTH], summed over the ranks
+  Partial partial;
   const float* bias;    // [WIDTH] or null
   Residual* x;          // [rows, WIDTH], read and written
   const float* weight;  // [WIDTH]
@@ -109,6 +123,29 @@ DEVICE void finish_norm(float (&v)[PER][VEC], const float (&w)[PER][VEC], float 
   }
 }
 
+// What this rank adds to a row from column `col` on, rounded to bf16 as sums over ranks are.
+DEVICE void load_partial(const Partial& p, size_t row, int col, float (&v)[VEC]) {
+#if RESULTS
+  // All that is read is under way at once, even what a padded row then does not want.
+  float w[RESULTS], y[RESULTS][VEC];
+#pragma unroll
+  for (int i = 0; i < RESULTS; i++) {
+    w[i] = i < TOP_K ? p.weights[row * TOP_K + i] : 1.f;
+    load_values(p.results + (row * RESULTS + i) * WIDTH + col, y[i]);
+  }
+  const bool live = p.ids[row * TOP_K] >= 0;
+#pragma unroll
+  for (int k = 0; k < VEC; k++) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < RESULTS; i++) sum += w[i] * y[i][k];
+    v[k] = live ? bf16_to_f32(f32_to_bf16(sum)) : 0.f;
+  }
+#else
+  load_values(p.sum + row * WIDTH + col, v);
+#endif
+}
+
 // The weights do not depend on the launch before this one.
 DEVICE void load_weights(const float* weight, float (&w)[PER][VEC]) {
 #pragma unroll
@@ -148,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) add_norm(const AddNor
     if (col < WIDTH) {
       float add[VEC];
       load_values(a.x + row * WIDTH + col, v[i]);
-      load_values(a.partial + row * WIDTH + col, add);
+      load_partial(a.partial, row, col, add);
 #pragma unroll
       for (int k = 0; k < VEC; k++) v[i][k] += add[k];
       if (a.bias) {

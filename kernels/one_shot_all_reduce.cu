@@ -21,7 +21,7 @@
 #define POLLS 4096
 
 struct OneShot {
-  const u16* partial;    // [rows, WIDTH], this rank's
+  Partial partial;       // this rank's
   const float* bias;     // [WIDTH] or null
   float* x;              // [rows, WIDTH], read and written
   const float* weight;   // [WIDTH]
@@ -47,11 +47,21 @@ DEVICE bool stopped(volatile u32* stop, int rank) {
   return true;
 }
 
-DEVICE uint2 pull(const u8* from, u32 flag, int rank, u32* stop) {
-  u32 a, b, f, g;
+// N pieces of rank `rank`, all of them under way at once.
+template <int N>
+DEVICE void pull(const u8* const (&from)[N], uint2 (&got)[N], u32 flag, int rank, u32* stop) {
   for (u32 polls = 1;; polls++) {
-    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(f), "=r"(b), "=r"(g) : "l"(from) : "memory");
-    if ((f == flag && g == flag) || (polls % POLLS == 0 && stopped(stop, rank))) return make_uint2(a, b);
+    bool here = true;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      u32 f, g;
+      asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(got[i].x), "=r"(f), "=r"(got[i].y), "=r"(g)
+                   : "l"(from[i])
+                   : "memory");
+      here = here && f == flag && g == flag;
+    }
+    if (here || (polls % POLLS == 0 && stopped(stop, rank))) return;
   }
 }
 
@@ -76,7 +86,13 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) one_shot_add_norm(con
   for (int i = 0; i < PER; i++) {
     const int col = column(i);
     if (col >= WIDTH) continue;
-    mine[i] = *(const uint4*)(a.partial + row * WIDTH + col);
+#if RESULTS
+    load_partial(a.partial, row, col, v[i]);
+    mine[i] = make_uint4(pack_bf16(v[i][0], v[i][1]), pack_bf16(v[i][2], v[i][3]), pack_bf16(v[i][4], v[i][5]),
+                         pack_bf16(v[i][6], v[i][7]));
+#else
+    mine[i] = *(const uint4*)(a.partial.sum + row * WIDTH + col);
+#endif
     for (int p = 1; p < a.world; p++) {
       const int to = (a.rank + p) % a.world;
       u8* at = slot(to, a.rank) + place(col);
@@ -96,8 +112,10 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) one_shot_add_norm(con
       uint4 q = mine[i];
       if (from != a.rank) {
         const u8* at = slot(a.rank, from) + place(col);
-        const uint2 lo = pull(at, flag, from, a.stop), hi = pull(at + upper(col), flag, from, a.stop);
-        q = make_uint4(lo.x, lo.y, hi.x, hi.y);
+        const u8* const pieces[2] = {at, at + upper(col)};
+        uint2 got[2];
+        pull(pieces, got, flag, from, a.stop);
+        q = make_uint4(got[0].x, got[0].y, got[1].x, got[1].y);
       }
       const u32 words[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll

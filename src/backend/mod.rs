@@ -405,6 +405,21 @@ pub trait Backend: Send + Sized {
         x: &Self::Tensor,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// [`moe`](Backend::moe) of `h` and [`all_reduce_add_norm`](Backend::all_reduce_add_norm) back into `h`; what is in
+    /// `partial` afterwards is the backend's affair.
+    fn moe_all_reduce_add_norm(
+        &mut self,
+        experts: &Self::Experts,
+        routing: &Self::Routing,
+        partial: &mut Self::Tensor,
+        x: &mut Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+        h: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.moe(experts, routing, h, partial)?;
+        self.all_reduce_add_norm(partial, None, x, weight, eps, h)
+    }
     /// The rows of `x` that the batch wants logits of. `[outputs, hidden]`
     fn select_outputs(&self, x: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
     /// Computes this rank's logits of the selected rows, `[outputs, vocab_local]`, or where `choose` is set only what

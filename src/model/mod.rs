@@ -195,8 +195,21 @@ impl<B: Backend> Model<B> {
         let (layer, a, eps) = (&self.layers[i], &mut self.act, self.config.norm_eps);
         let bias = layer.output_bias.as_ref();
         b.all_reduce_add_norm(&mut a.partial, bias, &mut a.x, &layer.post_norm, eps, &mut a.h)?;
-        let bias = mlp(b, &layer.mlp, &self.config, a)?;
-        b.all_reduce_add_norm(&mut a.partial, bias, &mut a.x, next_norm, eps, &mut a.h)
+        match &layer.mlp {
+            MlpWeights::Dense { gate_up, gate_up_bias, down, down_bias, width } => {
+                let h = View::new(&a.h, 0, self.config.hidden);
+                b.gated(gate_up, gate_up_bias.as_ref(), h, *width, &mut a.gate_up, &mut a.gated)?;
+                b.linear(down, None, View::new(&a.gated, 0, *width), &mut a.partial)?;
+                b.all_reduce_add_norm(&mut a.partial, down_bias.as_ref(), &mut a.x, next_norm, eps, &mut a.h)
+            }
+            MlpWeights::Sparse { gate, bias, experts } => {
+                let (Some(moe), Some(routing)) = (&self.config.moe, &mut a.routing) else {
+                    return Err(crate::Error::Internal("a sparse layer without routing buffers".into()));
+                };
+                b.route(moe, gate, bias.as_ref(), &a.h, routing)?;
+                b.moe_all_reduce_add_norm(experts, routing, &mut a.partial, &mut a.x, next_norm, eps, &mut a.h)
+            }
+        }
     }
 
     /// Projections, rope, append, attend, output projection; the sum over the ranks is the caller's.
@@ -294,31 +307,6 @@ impl<B: Backend> Model<B> {
     /// Bytes that the caches of all layers really take on this rank.
     pub fn cache_bytes(&self, b: &B) -> usize {
         self.caches.iter().map(|c| b.cache_bytes(c)).sum()
-    }
-}
-
-/// The MLP of the normed state in `h`, into `partial`. Returns the bias to add after the sum over the ranks.
-fn mlp<'a, B: Backend>(
-    b: &mut B,
-    weights: &'a MlpWeights<B>,
-    config: &ModelConfig,
-    a: &mut Activations<B>,
-) -> Result<Option<&'a B::Vector>> {
-    match weights {
-        MlpWeights::Dense { gate_up, gate_up_bias, down, down_bias, width } => {
-            let h = View::new(&a.h, 0, config.hidden);
-            b.gated(gate_up, gate_up_bias.as_ref(), h, *width, &mut a.gate_up, &mut a.gated)?;
-            b.linear(down, None, View::new(&a.gated, 0, *width), &mut a.partial)?;
-            Ok(down_bias.as_ref())
-        }
-        MlpWeights::Sparse { gate, bias, experts } => {
-            let (Some(moe), Some(routing)) = (&config.moe, &mut a.routing) else {
-                return Err(crate::Error::Internal("a sparse layer without routing buffers".into()));
-            };
-            b.route(moe, gate, bias.as_ref(), &a.h, routing)?;
-            b.moe(experts, routing, &a.h, &mut a.partial)?;
-            Ok(None)
-        }
     }
 }
 

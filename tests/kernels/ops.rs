@@ -205,6 +205,8 @@ fn routers_and_experts() {
         let (up_rows, down_rows) = (rows(&ups, &|_| hidden), rows(&downs, &|e| widths[e]));
         let ec = p.cpu.experts_of(&up_rows, &down_rows, &moe).unwrap();
         let eg = p.gpu.experts_of(&ups, &downs, hidden, &moe).unwrap();
+        let norm_weight = p.random.floats(hidden);
+        let (wg, wc) = (p.gpu.vector(&norm_weight).unwrap(), p.cpu.vector(&norm_weight).unwrap());
         // With a large bias all rows choose the same experts.
         let together = bias.as_ref().map(|b| {
             let all: Vec<f32> = b
@@ -245,6 +247,16 @@ fn routers_and_experts() {
             p.gpu.moe(&eg, &rg, &xg, &mut og).unwrap();
             p.cpu.moe(&ec, &rc, &xc, &mut oc).unwrap();
             p.same(&format!("{} experts of {n} rows", moe.experts), (&og, &oc), n, 1e-2);
+
+            let (residual, (mut hg, mut hc)) = (p.random.floats(n * hidden), (xg, xc));
+            let (mut xg, mut xc) = (p.gpu.residual(n, hidden).unwrap(), p.cpu.residual(n, hidden).unwrap());
+            p.gpu.write_rows(&residual, &mut xg).unwrap();
+            p.cpu.write_rows(&residual, &mut xc).unwrap();
+            p.gpu.poison_tensor(&mut og, 0xff).unwrap();
+            p.gpu.moe_all_reduce_add_norm(&eg, &rg, &mut og, &mut xg, &wg, 1e-5, &mut hg).unwrap();
+            p.cpu.moe_all_reduce_add_norm(&ec, &rc, &mut oc, &mut xc, &wc, 1e-5, &mut hc).unwrap();
+            p.same(&format!("{} experts of {n} rows, added", moe.experts), (&xg, &xc), n, 1e-2);
+            p.same(&format!("{} experts of {n} rows, normed", moe.experts), (&hg, &hc), n, 1e-2);
         }
     }
 }

@@ -237,6 +237,26 @@ impl Routing {
     }
 }
 
+/// What the experts' products leave behind: f32 `[rows, results, hidden]` at `y`, of which the first `top_k` have weights.
+pub(crate) struct Results {
+    /// The results.
+    pub y: u64,
+    /// The weights, f32 `[rows, top_k]`.
+    pub weights: u64,
+    /// The experts, `[rows, top_k]`.
+    pub ids: u64,
+    /// Results a row.
+    pub results: usize,
+    /// Experts a row.
+    pub top_k: usize,
+    /// Their sum may begin only when the products have ended: they do not keep it from starting too early.
+    pub serial: bool,
+    /// The workspace had to grow.
+    pub grown: bool,
+    run: ExpertsRun,
+    constants: Vec<(&'static str, i64)>,
+}
+
 /// What the experts' kernels need between them.
 #[derive(Default)]
 pub(crate) struct Workspace {
@@ -244,8 +264,8 @@ pub(crate) struct Workspace {
 }
 
 impl Workspace {
-    /// Enqueues the experts of `rows` rows; tells whether the workspace had to grow.
-    pub fn run(
+    /// Enqueues the products of the experts of `rows` rows of `x`; `out` is where [`sum`](Workspace::sum) would write.
+    pub fn products(
         &mut self,
         gpu: &Arc<Gpu>,
         kernels: &Kernels,
@@ -254,7 +274,7 @@ impl Workspace {
         rows: usize,
         x: u64,
         out: u64,
-    ) -> Result<bool> {
+    ) -> Result<Results> {
         let dims = (e.experts, e.top_k, e.hidden);
         let constants = expert_constants(dims, (e.width, e.shared_width), rows);
         let slots = e.top_k + usize::from(e.shared_width > 0);
@@ -302,10 +322,24 @@ impl Workspace {
             };
             kernels.launch(f, launch, arguments![a])?;
         }
-        // The plain products do not keep it from starting too early.
+        Ok(Results {
+            y: h + h_bytes as u64,
+            weights: routing.weights(),
+            ids: routing.ids(),
+            results: slots,
+            top_k: e.top_k,
+            serial: !streamed,
+            grown: grow,
+            run: a,
+            constants,
+        })
+    }
+
+    /// Enqueues the weighted sums of `rows` rows of results.
+    pub fn sum(&self, kernels: &Kernels, e: &Experts, rows: usize, results: &Results) -> Result<()> {
         let grid = (e.hidden.div_ceil(1024), rows, 1);
-        let sum = Launch { grid, block: 128, serial: !streamed, ..Launch::default() };
-        kernels.launch(get(&source::EXPERTS, "experts_sum")?, sum, arguments![a])?;
-        Ok(grow)
+        let launch = Launch { grid, block: 128, serial: results.serial, ..Launch::default() };
+        let f = kernels.get(&source::EXPERTS, "experts_sum", &results.constants)?;
+        kernels.launch(f, launch, arguments![results.run])
     }
 }

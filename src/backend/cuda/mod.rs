@@ -19,6 +19,7 @@ mod rates;
 mod reduce;
 mod step;
 mod stream;
+mod sums;
 mod tokens;
 
 use std::cell::RefCell;

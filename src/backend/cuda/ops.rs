@@ -6,10 +6,12 @@ use rayon::prelude::*;
 
 use super::attention::Form;
 use super::context::{Memory, Pinned, bytes_of, bytes_of_mut};
+use super::experts::Results;
 use super::graph::{self, Graph};
 use super::kernels::{Launch, arguments, source};
 use super::memory;
 use super::reduce::{self, Reduce};
+use super::sums::Added;
 use super::{
     Cache, CudaBackend, Experts, Matrix, Operand, RopeTable, Routing, Tensor, Vector, address, cache_bytes, expect,
 };
@@ -28,8 +30,6 @@ use crate::model::shard::Owned;
 struct Embed(u64, u64, u64, u64, i32, i32, i32);
 #[repr(C)]
 struct Norm(u64, u64, u64, f32);
-#[repr(C)]
-struct AddNorm(u64, u64, u64, u64, u64, f32);
 #[repr(C)]
 struct SelectRows(u64, u64, u64, i32);
 #[repr(C)]
@@ -58,15 +58,6 @@ struct Choose {
 #[repr(C)]
 struct AbsorbProduct([u64; 6], [i32; 5]);
 #[repr(C)]
-struct OneShotAddNorm {
-    tensors: [u64; 7],
-    slots: [u64; MAX_WORLD],
-    rank: i32,
-    world: i32,
-    max_rows: i32,
-    eps: f32,
-}
-#[repr(C)]
 struct AppendGrouped {
     inputs: [u64; 10],
     strides: [i32; 3],
@@ -84,7 +75,7 @@ struct Latents {
 }
 
 impl CudaBackend {
-    fn rows(&self) -> usize {
+    pub(super) fn rows(&self) -> usize {
         self.inputs.rows
     }
 
@@ -182,36 +173,13 @@ impl CudaBackend {
         self.kernels.launch(f, launch, arguments![a])
     }
 
-    /// Sum over the ranks, residual and norm in one launch.
-    fn one_shot(
-        &self,
-        partial: &Tensor,
-        bias: Option<&Vector>,
-        x: &Tensor,
-        weight: &Vector,
-        eps: f32,
-        out: &Tensor,
-    ) -> Result<()> {
-        let Some(one_shot) = &self.one_shot else { return Ok(()) };
-        let f = self.kernels.get(&source::ONE_SHOT, "one_shot_add_norm", &[("WIDTH", x.cols as i64)])?;
-        let (rank, world) = one_shot.place();
-        let a = OneShotAddNorm {
-            tensors: [
-                partial.at(),
-                bias.map_or(0, |b| b.memory.at()),
-                x.at(),
-                weight.memory.at(),
-                out.at(),
-                one_shot.calls(),
-                one_shot.stop_words(),
-            ],
-            slots: one_shot.slots(),
-            rank: rank as i32,
-            world: world as i32,
-            max_rows: one_shot.rows(x.cols) as i32,
-            eps,
-        };
-        self.kernels.launch(f, Launch::new(self.rows(), f.exports()[0]), arguments![a])
+    fn experts_products(&mut self, e: &Experts, routing: &Routing, x: &Tensor, out: &Tensor) -> Result<Results> {
+        let rows = self.rows();
+        let results = self.experts.products(&self.gpu, &self.kernels, e, routing, rows, x.at(), out.at())?;
+        if results.grown {
+            self.attention.generation.set(self.attention.generation.get() + 1);
+        }
+        Ok(results)
     }
 
     /// Chooses a token for each output row of `logits` `[outputs, vocab]`, whose first column is token `first`.
@@ -435,16 +403,11 @@ impl Backend for CudaBackend {
         out: &mut Tensor,
     ) -> Result<()> {
         expect(x.cols == weight.len && partial.cols == x.cols, || format!("a norm of {} columns", x.cols))?;
-        if self.rows() <= self.one_shot_rows(x.cols) && x.element == Element::F32 {
-            let beyond = self.guarded();
-            self.comm.guard(beyond);
-            return self.one_shot(partial, bias, x, weight, eps, out);
+        let one_shot = self.is_one_shot(x);
+        if !one_shot {
+            self.sum(partial)?;
         }
-        self.sum(partial)?;
-        let (f, launch) = self.norm_kernel("add_norm", x.cols, x.element == Element::F32)?;
-        let bias = bias.map_or(0, |b| b.memory.at());
-        let a = AddNorm(partial.at(), bias, x.at(), weight.memory.at(), out.at(), eps);
-        self.kernels.launch(f, launch, arguments![a])
+        self.add_norm(one_shot, Added::Tensor(partial), bias, x, weight, eps, out)
     }
 
     fn linear(&self, weight: &Matrix, bias: Option<&Vector>, x: View<Tensor>, out: &mut Tensor) -> Result<()> {
@@ -635,12 +598,27 @@ impl Backend for CudaBackend {
     }
 
     fn moe(&mut self, experts: &Experts, routing: &Routing, x: &Tensor, out: &mut Tensor) -> Result<()> {
-        let rows = self.inputs.rows;
-        let grown = self.experts.run(&self.gpu, &self.kernels, experts, routing, rows, x.at(), out.at())?;
-        if grown {
-            self.attention.generation.set(self.attention.generation.get() + 1);
+        let results = self.experts_products(experts, routing, x, out)?;
+        self.experts.sum(&self.kernels, experts, self.rows(), &results)
+    }
+
+    fn moe_all_reduce_add_norm(
+        &mut self,
+        experts: &Experts,
+        routing: &Routing,
+        partial: &mut Tensor,
+        x: &mut Tensor,
+        weight: &Vector,
+        eps: f32,
+        h: &mut Tensor,
+    ) -> Result<()> {
+        let one_shot = self.is_one_shot(x);
+        if !one_shot && !matches!(self.reduce, Reduce::Alone) {
+            self.moe(experts, routing, h, partial)?;
+            return self.all_reduce_add_norm(partial, None, x, weight, eps, h);
         }
-        Ok(())
+        let results = self.experts_products(experts, routing, h, partial)?;
+        self.add_norm(one_shot, Added::Experts(&results), None, x, weight, eps, h)
     }
 
     fn select_outputs(&self, x: &Tensor, out: &mut Tensor) -> Result<()> {
