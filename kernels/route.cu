@@ -142,13 +142,25 @@ DEVICE void warp_best(float& value, int& index) {
   }
 }
 
+// What a choice needs beside the logits, asked for before they are there.
+struct Known {
+  float bias[PER];  // of the lane's experts
+  bool padding;
+  DEVICE_MEMBER Known(const Route& a, int row, int lane) {
+    padding = a.row_seq && row < a.rows && a.row_seq[row] < 0;
+#pragma unroll
+    for (int i = 0; i < PER; i++)
+      bias[i] = SCORING == 0 && a.bias && i * 32 + lane < EXPERTS ? a.bias[i * 32 + lane] : 0.f;
+  }
+};
+
 // A warp chooses for one row; lane l has experts l, l + 32, ... `all`: its logits [EXPERTS], and then room to work in.
-DEVICE void route_choose(const Route& a, int row, int lane, float* all) {
+DEVICE void route_choose(const Route& a, const Known& known, int row, int lane, float* all) {
   float score[PER], choice[PER];
 #pragma unroll
   for (int i = 0; i < PER; i++) {
     const int e = i * 32 + lane;
-    choice[i] = SCORING == 0 && a.bias && e < EXPERTS ? a.bias[e] : 0.f;
+    choice[i] = known.bias[i];
     score[i] = e < EXPERTS ? (CLUSTERS ? all[e] : load_fresh(a.logits + (size_t)row * EXPERTS + e)) : NEG_INF;
   }
   if (SCORING == 0) {
@@ -230,7 +242,7 @@ DEVICE void route_choose(const Route& a, int row, int lane, float* all) {
   }
   if (NORMALISE) weight = weight / (sum + 1e-20f);
   if (lane < TOP_K) {
-    if (a.row_seq && a.row_seq[row] < 0) id = -1;
+    if (known.padding) id = -1;
     a.ids[(size_t)row * TOP_K + lane] = chosen[row % ROUTE_ROWS * TOP_K + lane] = id;
     a.weights[(size_t)row * TOP_K + lane] = weight * a.scale;
   }
@@ -325,7 +337,9 @@ DEVICE void cluster_sync() {
 
 extern "C" __global__ void IN_CLUSTERS __launch_bounds__(256) route(const Route a) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row = blockIdx.y * ROUTE_ROWS + warp;
   grid_launch_dependents();
+  const Known known(a, row, lane);
 #if CLUSTERS
   cluster_sync();  // the first CTA is there to be written to
   route_logits(a, blockIdx.x * 8 + warp, lane);
@@ -335,7 +349,6 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(256) route(const Route 
   route_logits(a, blockIdx.x * 8 + warp, lane);
   if (!arrive_last(a.arrived + 1 + blockIdx.y, gridDim.x)) return;
 #endif
-  const int row = blockIdx.y * ROUTE_ROWS + warp;
-  if (warp < ROUTE_ROWS && row < a.rows) route_choose(a, row, lane, room[warp]);
+  if (warp < ROUTE_ROWS && row < a.rows) route_choose(a, known, row, lane, room[warp]);
   if (arrive_last(a.arrived, gridDim.y)) route_plan(a);
 }
