@@ -256,6 +256,22 @@ pub trait Backend: Send + Sized {
     fn embed(&self, table: &Self::Matrix, first: usize, out: &mut Self::Tensor) -> Result<()>;
     /// `out = rmsnorm(x)·weight`. `[rows, hidden]`
     fn norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32, out: &mut Self::Tensor) -> Result<()>;
+    /// The residual stream's beginning: [`embed`](Backend::embed) into `x`, its sum over the ranks, and
+    /// `out = rmsnorm(x)·weight`. What is in `partial` afterwards is the backend's affair.
+    fn embed_all_reduce_norm(
+        &mut self,
+        table: &Self::Matrix,
+        first: usize,
+        _partial: &mut Self::Tensor,
+        x: &mut Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.embed(table, first, x)?;
+        self.all_reduce(x)?;
+        self.norm(x, weight, eps, out)
+    }
     /// Sums `x` over the ranks.
     fn all_reduce(&mut self, x: &mut Self::Tensor) -> Result<()>;
     /// Sums `partial` over the ranks, adds it and the bias to the residual `x`, and norms:

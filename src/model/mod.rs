@@ -182,10 +182,9 @@ impl<B: Backend> Model<B> {
 
     /// The residual stream's beginning: embeddings, summed over the ranks' vocabulary rows, and the first norm.
     pub fn embed(&mut self, b: &mut B) -> Result<()> {
-        let a = &mut self.act;
-        b.embed(&self.embedding, self.owned.vocab.start, &mut a.x)?;
-        b.all_reduce(&mut a.x)?;
-        b.norm(&a.x, &self.layers[0].input_norm, self.config.norm_eps, &mut a.h)
+        let (a, first, eps) = (&mut self.act, self.owned.vocab.start, self.config.norm_eps);
+        let norm = &self.layers[0].input_norm;
+        b.embed_all_reduce_norm(&self.embedding, first, &mut a.partial, &mut a.x, norm, eps, &mut a.h)
     }
 
     /// Layer `i`: its normed input is in `h` and so is the next layer's when it returns.

@@ -382,6 +382,26 @@ impl Backend for CudaBackend {
         self.kernels.launch(f, Launch::new(self.rows(), 256), arguments![a])
     }
 
+    fn embed_all_reduce_norm(
+        &mut self,
+        table: &Matrix,
+        first: usize,
+        partial: &mut Tensor,
+        x: &mut Tensor,
+        weight: &Vector,
+        eps: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        if self.is_one_shot(x) {
+            // A row is one rank's, and the others' are zeros: bf16 holds the sum.
+            self.embed(table, first, partial)?;
+            return self.add_norm(true, Added::Beginning(partial), None, x, weight, eps, out);
+        }
+        self.embed(table, first, x)?;
+        self.sum(x)?;
+        self.norm(x, weight, eps, out)
+    }
+
     fn norm(&self, x: &Tensor, weight: &Vector, eps: f32, out: &mut Tensor) -> Result<()> {
         expect(x.cols == weight.len && out.cols == x.cols, || format!("a norm of {} columns", x.cols))?;
         let (f, launch) = self.norm_kernel("norm_rows", x.cols, x.element == Element::F32)?;

@@ -34,6 +34,8 @@ pub(super) enum Added<'a> {
     Tensor(&'a Tensor),
     /// The weighted sums of experts' results.
     Experts(&'a Results),
+    /// A tensor, to nothing: the residual's beginning, in one shot.
+    Beginning(&'a Tensor),
 }
 
 impl CudaBackend {
@@ -56,6 +58,10 @@ impl CudaBackend {
         let mut constants = vec![("WIDTH", x.cols as i64)];
         let (partial, serial) = match added {
             Added::Tensor(tensor) => (Partial([tensor.at(), 0, 0, 0]), false),
+            Added::Beginning(tensor) => {
+                constants.push(("FRESH", 1));
+                (Partial([tensor.at(), 0, 0, 0]), false)
+            }
             Added::Experts(r) => {
                 constants.extend([("RESULTS", r.results as i64), ("TOP_K", r.top_k as i64)]);
                 (Partial([0, r.y, r.weights, r.ids]), r.serial)
