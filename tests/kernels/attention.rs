@@ -43,10 +43,11 @@ fn steps(last: &Batch) -> Vec<Batch> {
     steps
 }
 
-/// Batches to try: decode of 1 to 4 rows, prefill, and both together.
+/// Batches to try: decode of 1 to 4 rows, of many sequences, prefill, and decode and prefill together.
 fn batches(random: &mut Random) -> Vec<Batch> {
+    let many: Vec<_> = [(1, 700)].into_iter().chain((0..63).map(|i| (1, 1 + 2 * i))).collect();
     if small() {
-        let few = [&[(1, 1), (1, 129)][..], &[(2, 65)], &[(3, 66)], &[(4, 70)], &[(20, 84), (1, 5)]];
+        let few = [&[(1, 1), (1, 129)][..], &[(2, 65)], &[(3, 66)], &[(4, 70)], &[(20, 84), (1, 5)], &many];
         return few.map(|spans| random.batch(spans)).into();
     }
     [
@@ -56,6 +57,7 @@ fn batches(random: &mut Random) -> Vec<Batch> {
         &[(3, 191)],
         &[(37, 37), (130, 130), (65, 193)],
         &[(1, 300), (1, 5), (20, 84), (2, 70), (100, 100), (1, 1)],
+        &many,
     ]
     .map(|spans| random.batch(spans))
     .into()

@@ -123,7 +123,9 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
             }
         }
         if hopper && combines_output(&s) {
-            add(&source::COMBINE_OUTPUT, vec![("SQ", 1), dn, ("DV", int(s.value))]);
+            for split in [4, 8] {
+                add(&source::COMBINE_OUTPUT, vec![("SQ", 1), dn, ("DV", int(s.value)), ("SPLIT", split)]);
+            }
         }
     }
     let moe = |experts, top_k, groups, top_groups, scoring| Moe {

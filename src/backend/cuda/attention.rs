@@ -189,7 +189,8 @@ impl Attention {
     }
 
     /// Enqueues decode attention over latents and the product with W_UV, where the launch that joins a sequence's parts
-    /// multiplies too: on Hopper, in a step that is one run of few rows. Elsewhere it enqueues nothing and says false.
+    /// multiplies too: on Hopper, in a step that is one run of not too many rows. Elsewhere it enqueues nothing and says
+    /// false.
     pub fn attend_absorbed(
         &self,
         kernels: &Kernels,
@@ -206,13 +207,12 @@ impl Attention {
             return Ok(false);
         }
         let pairs = rows * shape.heads.min(shape.heads_per_group);
-        // About ten clusters: more cost more to start than they share out.
-        let tile = (pairs * shape.groups).div_ceil(10).max(2);
-        if tile > 16 {
+        let Some((split, tile)) = joined_cut(pairs, shape.groups, self.gpu.info.multiprocessors) else {
             return Ok(false);
-        }
+        };
         let parts = self.decode(kernels, inputs, shape, Form::Latent, (0, run), q, cache, latent)?;
-        let constants = [("SQ", run.rows as i64), ("DN", shape.nope as i64), ("DV", shape.value as i64)];
+        let constants =
+            [("SQ", run.rows as i64), ("DN", shape.nope as i64), ("DV", shape.value as i64), ("SPLIT", split as i64)];
         let f = kernels.get(&source::COMBINE_OUTPUT, "combine_output", &constants)?;
         let a = CombineOutput {
             kv_up,
@@ -227,7 +227,7 @@ impl Attention {
             first_head_in_group: shape.first_head_in_group as i32,
             tile: tile as i32,
         };
-        let grid = (8, pairs.div_ceil(tile), shape.groups);
+        let grid = (split, pairs.div_ceil(tile), shape.groups);
         let launch = Launch { grid, block: 512, shared: f.exports()[0], ..Launch::default() };
         kernels.launch(f, launch, arguments![a])?;
         Ok(true)
@@ -359,7 +359,20 @@ impl Attention {
     }
 }
 
-/// Whether W_UV's rows divide among the eight CTAs of combine_output.cu.
+/// How combine_output.cu takes `pairs` (row, head) pairs of each of `groups` groups: a cluster's CTAs and pairs; `None` where
+/// two launches are faster.
+fn joined_cut(pairs: usize, groups: usize, multiprocessors: usize) -> Option<(usize, usize)> {
+    // About ten clusters of eight: more cost more to start than they share out.
+    let few = (pairs * groups).div_ceil(10).max(2);
+    if few <= 16 {
+        return Some((8, few));
+    }
+    // Clusters of four, two CTAs to a multiprocessor; some of a group's 16 or 18 multiprocessors stay out of them.
+    let at_once = 2 * (multiprocessors * 10 / 11 / 4);
+    (pairs.div_ceil(16) * groups <= at_once).then_some((4, 16))
+}
+
+/// Whether W_UV's rows divide among the CTAs of a cluster of combine_output.cu.
 pub fn combines_output(shape: &AttentionShape) -> bool {
     [64, 128, 256, 512].contains(&shape.value)
 }
