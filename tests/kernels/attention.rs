@@ -45,7 +45,7 @@ fn steps(last: &Batch) -> Vec<Batch> {
 
 /// Batches to try: decode of 1 to 4 rows, of many sequences, prefill, and decode and prefill together.
 fn batches(random: &mut Random) -> Vec<Batch> {
-    let many: Vec<_> = [(1, 700)].into_iter().chain((0..63).map(|i| (1, 1 + 2 * i))).collect();
+    let many: Vec<_> = [(1, 700)].into_iter().chain((0..23).map(|i| (1, 1 + 6 * i))).collect();
     if small() {
         let few = [&[(1, 1), (1, 129)][..], &[(2, 65)], &[(3, 66)], &[(4, 70)], &[(20, 84), (1, 5)], &many];
         return few.map(|spans| random.batch(spans)).into();

@@ -118,7 +118,7 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
             for q_rank in [0, 768, 77] {
                 add(&source::APPEND_LATENT, latent_constants(q_rank, s.latent, s.rope, interleave).to_vec());
             }
-            for tile in [16, 64] {
+            for tile in [16, 32, 64] {
                 add(&source::ABSORB_PRODUCT, absorb_constants(&s, interleave, tile).to_vec());
             }
         }

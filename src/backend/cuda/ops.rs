@@ -106,7 +106,7 @@ impl CudaBackend {
     ) -> Result<()> {
         for rows in self.inputs.rows_of(|rows, context| !shape.expands(rows, context)) {
             let pairs = rows.len() * shape.heads.min(shape.heads_per_group);
-            let tile = if pairs <= 512 { 16 } else { 64 };
+            let tile = product_tile(pairs * shape.groups, rope.is_some());
             let constants = absorb_constants(shape, rope.is_some_and(|r| r.interleave), tile);
             let f = self.kernels.get(&source::ABSORB_PRODUCT, entry, &constants)?;
             let (cos, sin) = rope.map_or((0, 0), |r| (r.cos.at(), r.sin.at()));
@@ -246,6 +246,16 @@ impl CudaBackend {
             *slot = Some(Memory::new(&self.gpu, bytes)?);
         }
         slot.as_ref().map(Memory::at).ok_or_else(|| Error::Internal("a workspace that is not there".into()))
+    }
+}
+
+/// (row, head) pairs of a CTA of the absorbing products, of `pairs` in all: of few pairs more CTAs, of many fewer that read
+/// the same weights.
+fn product_tile(pairs: usize, query: bool) -> usize {
+    match pairs {
+        ..=1024 => 16,
+        ..=8192 if !query => 32,
+        _ => 64,
     }
 }
 
