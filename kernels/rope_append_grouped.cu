@@ -29,57 +29,6 @@ constexpr int DQ = DN + DR;
 constexpr bool VECTORS = DN % 8 == 0 && DR % 8 == 0 && DV % 8 == 0 && (INTERLEAVE || TURN % 16 == 0);
 constexpr int VEC = VECTORS ? 8 : 1;
 
-DEVICE void load_values(const u16* p, float (&v)[VEC]) {
-  if (VEC == 8 && ((u64)p & 15) == 0) {
-    const uint4 q = *(const uint4*)p;
-    const u32 w[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-    for (int i = 0; i < VEC; i++) v[i] = i & 1 ? bf16_hi(w[i / 2]) : bf16_lo(w[i / 2]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < VEC; i++) v[i] = bf16_to_f32(p[i]);
-  }
-}
-
-DEVICE void store_values(u16* p, const float (&v)[VEC]) {
-  if (VEC == 8) {
-    u32 w[4];
-#pragma unroll
-    for (int i = 0; i + 1 < VEC; i += 2) w[i / 2] = pack_bf16(v[i], v[i + 1]);
-    *(uint4*)p = make_uint4(w[0], w[1], w[2], w[3]);
-  } else {
-    p[0] = f32_to_bf16(v[0]);
-  }
-}
-
-// Elements at .. at + VEC of the turned vector x[TURN].
-DEVICE void turned(const u16* x, int at, const float* cs, const float* sn, float (&v)[VEC]) {
-  constexpr int HALF = TURN / 2;
-  if (INTERLEAVE) {
-    if (VEC == 8) {
-      float p[VEC];
-      load_values(x + at, p);
-#pragma unroll
-      for (int i = 0; i + 1 < VEC; i += 2) {
-        const float c = cs[(at + i) / 2], s = sn[(at + i) / 2];
-        v[i] = p[i] * c - p[i + 1] * s;
-        v[i + 1] = p[i + 1] * c + p[i] * s;
-      }
-    } else {
-      const float own = bf16_to_f32(x[at]), other = bf16_to_f32(x[at ^ 1]);
-      v[0] = own * cs[at / 2] + (at & 1 ? other : -other) * sn[at / 2];
-    }
-  } else {
-    const bool upper = at >= HALF;
-    float own[VEC], other[VEC];
-    load_values(x + at, own);
-    load_values(x + (upper ? at - HALF : at + HALF), other);
-    const int pair = upper ? at - HALF : at;
-#pragma unroll
-    for (int i = 0; i < VEC; i++) v[i] = own[i] * cs[pair + i] + (upper ? other[i] : -other[i]) * sn[pair + i];
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(128) rope_append_grouped(const RopeAppendGrouped a) {
   grid_launch_dependents();
   // The step's tables are older than the launch this one may overlap with.
@@ -97,19 +46,19 @@ extern "C" __global__ void __launch_bounds__(128) rope_append_grouped(const Rope
     const u16* src = a.q + (size_t)row * a.q_stride + unit;
     const int col = unit % DQ;
     if (DR == 0) {
-      turned(src - col, col, cs, sn, v);
+      rope_turn<TURN, VEC, INTERLEAVE>(src - col, col, cs, sn, v);
     } else if (col >= DN) {
-      turned(src - (col - DN), col - DN, cs, sn, v);
+      rope_turn<TURN, VEC, INTERLEAVE>(src - (col - DN), col - DN, cs, sn, v);
     } else {
-      load_values(src, v);
+      load_bf16(src, v);
     }
-    store_values(a.q_out + (size_t)row * a.heads * DQ + unit, v);
+    store_bf16(a.q_out + (size_t)row * a.heads * DQ + unit, v);
     return;
   }
   unit -= a.heads * DQ;
   if (unit < DR) {
-    turned(a.k_rope + (size_t)row * a.k_rope_stride, unit, cs, sn, v);
-    store_values(block + tile_index<DR + (DR == 0)>(slot, unit), v);
+    rope_turn<TURN, VEC, INTERLEAVE>(a.k_rope + (size_t)row * a.k_rope_stride, unit, cs, sn, v);
+    store_bf16(block + tile_index<DR + (DR == 0)>(slot, unit), v);
     return;
   }
   unit -= DR;
@@ -118,11 +67,11 @@ extern "C" __global__ void __launch_bounds__(128) rope_append_grouped(const Rope
     const int group = unit / (DN + DV), col = unit % (DN + DV);
     u16* k_tile = block + (size_t)BLOCK * (DR + group * (DN + DV));
     if (col < DN) {
-      if (DR == 0) turned(src - col, col, cs, sn, v); else load_values(src, v);
-      store_values(k_tile + tile_index<DN>(slot, col), v);
+      if (DR == 0) rope_turn<TURN, VEC, INTERLEAVE>(src - col, col, cs, sn, v); else load_bf16(src, v);
+      store_bf16(k_tile + tile_index<DN>(slot, col), v);
     } else {
-      load_values(src, v);
-      store_values(k_tile + BLOCK * DN + tile_index<DV>(slot, col - DN), v);
+      load_bf16(src, v);
+      store_bf16(k_tile + BLOCK * DN + tile_index<DV>(slot, col - DN), v);
     }
   }
 }
