@@ -2,31 +2,39 @@
 //
 // A CTA walks its team's run of cache blocks (split_plan) for one row group: NG
 // neighbouring KV groups of the rank. One warp keeps STAGES whole tiles in
-// flight with the bulk copy engine; the others multiply with mma.sync. The query
-// rows of a group (GS heads x SQ positions) fill RT tiles of 16 rows, so K and V
-// are read once whatever SQ is. A warp owns one row tile and every SLICES-th part
-// of a block's tokens, with its own running maximum and sum: the warps meet only
-// when a sequence's part ends, to add up their slices.
+// flight with the bulk copy engine, one mends the tiles where a sequence ends, and
+// the others multiply with mma.sync. The query rows of a group (GS heads x SQ
+// positions) fill RT tiles of 16 rows, so K and V are read once whatever SQ is. A
+// warp owns one row tile and every SLICES-th part of a block's tokens, with its own
+// running maximum and sum: the warps meet only when a sequence's part ends, to add
+// up their slices.
 //
 // The split and the step's tables are older than the launch that this one may overlap
 // with (the host launches it serially after split_plan), and so are all tiles but those
 // that hold the step's own tokens: they are asked for before that launch has ended.
+// With APPEND this launch rotates and appends too, as rope_append_grouped.cu does: then
+// all tiles are older, and the step's tokens are put into them here.
 //
 // The rope key tile is common to all groups. The CTAs of a team read it at about
 // the same time, and L2 keeps it longer than K and V, which nobody reads twice.
 //
 // -D DN, DR (0: no rope key), DV: multiples of 64; GS heads a group; SQ 1..4;
-//    NG groups a CTA, dividing the rank's groups.
+//    NG groups a CTA, dividing the rank's groups; APPEND, with INTERLEAVE as in
+//    rope_append_grouped.cu.
 // grid: number of multiprocessors; block: GQA_THREADS;
 // dynamic shared memory: GQA_SMEM.
 
 #ifndef NG
 #define NG 1
 #endif
+#ifndef APPEND
+#define APPEND 0
+#define INTERLEAVE 0
+#endif
 
 struct GqaDecode {
-  const u16* q;            // [batch * SQ, local_heads, DN + DR]
-  const u16* cache;        // [num_blocks] of { rope key BLOCK x DR, local_groups x { K BLOCK x DN, V BLOCK x DV } }
+  const u16* q;            // row r at q + r * q_stride: [local_heads, DN + DR], to be turned where APPEND
+  u16* cache;              // [num_blocks] of { rope key BLOCK x DR, local_groups x { K BLOCK x DN, V BLOCK x DV } }
   u16* out;                // [batch * SQ, local_heads, DV]
   float* part_o;           // [batch + teams, SQ, local_heads, DV], each normalised
   float* part_lse;         // [batch + teams, SQ, local_heads], base 2
@@ -37,9 +45,16 @@ struct GqaDecode {
   int max_blocks;
   int teams;
   float scale;             // of the logits, > 0
+  // So far as gqa_decode_portable.cu has it.
+  const u16* kv;           // APPEND: row r at kv + r * kv_stride: [local_groups, DN + DV]; rows lie at 16 bytes
+  const u16* k_rope;       // APPEND: row r at k_rope + r * k_rope_stride: [DR]; the same
+  const float* cos_table;  // APPEND: [positions, TURN / 2]
+  const float* sin_table;  // APPEND: [positions, TURN / 2]
+  int q_stride, kv_stride, k_rope_stride;  // elements
 };
 
 constexpr int DQ = DN + DR;
+constexpr int TURN = DR > 0 ? DR : DN;          // columns of a query that turn: the last ones
 constexpr int ROWS = GS * SQ;
 constexpr int RT = (ROWS + 15) / 16;            // tiles of 16 query rows
 constexpr int MAX_WARPS = DV > 128 || NG * RT <= 2 ? 4 : 8;  // the accumulators take DV / 2 registers
@@ -59,9 +74,9 @@ constexpr int FIT = 128 * 1024 / STAGE_BYTES;
 constexpr int STAGES = FIT < 2 ? 2 : FIT > 8 ? 8 : FIT;
 
 // Eight computing warps want more registers than an even share leaves them, so
-// the loading warp comes with three idle ones, and the four give theirs away.
+// the loading and the mending warp come with two idle ones, and the four give theirs away.
 constexpr bool SHIFT_REGISTERS = WARPS == 8;
-constexpr int GQA_THREADS = 32 * (WARPS + (SHIFT_REGISTERS ? 4 : 1));
+constexpr int GQA_THREADS = 32 * (WARPS + (SHIFT_REGISTERS ? 4 : 2));
 constexpr int GQA_SMEM = STAGES * STAGE_BYTES + 1024;
 
 static_assert(DN % 64 == 0 && DR % 64 == 0 && DV % 64 == 0, "swizzled tiles only");
@@ -90,16 +105,23 @@ DEVICE bool next_part(const GqaDecode& a, int4& work, Part& part) {
   return false;
 }
 
+// A sequence's first block that is not as the copy engine finds it: the mending warp has it before it is full.
+DEVICE int first_mended(int len) { return (APPEND ? len - SQ : len) / BLOCK; }
+
 // ---- the warp that loads ----
 
-DEVICE void produce(const GqaDecode& a, u32 stages, u32 full, u32 empty) {
+DEVICE void mbar_arrive_for(u32 bar, u32 count) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+
+DEVICE void produce(const GqaDecode& a, u32 stages, u32 full, u32 empty, u32 landed) {
   const int lane = threadIdx.x % 32;
   const int row_groups = a.groups / NG;
   const size_t block_elems = (size_t)BLOCK * (DR + a.groups * (DN + DV));
   const u64 once = l2_evict_first();
-  int stage = 0;
+  int stage = 0, mended = 0;
   u32 phase = 0;
-  bool waited = false;
+  bool waited = APPEND;
 
   for (int job = blockIdx.x; job < a.teams * row_groups; job += gridDim.x) {
     int4 work = a.team[job / row_groups];
@@ -108,6 +130,13 @@ DEVICE void produce(const GqaDecode& a, u32 stages, u32 full, u32 empty) {
     while (next_part(a, work, part)) {
       const int* table = a.block_table + (size_t)part.seq * a.max_blocks + part.first;
       int ids = 0, ids_next = lane < part.count ? table[lane] : 0;
+      if (APPEND) {  // the angles of the queries, while there is time
+        const size_t at = (size_t)(part.len - SQ) * (TURN / 2);
+        if (lane < SQ * TURN / 64) {
+          prefetch_l2(a.cos_table + at + lane * 32);
+          prefetch_l2(a.sin_table + at + lane * 32);
+        }
+      }
       for (int i = 0; i < part.count; i++) {
         if (i % 32 == 0) {  // the table's next 32 entries are on their way before they are needed
           ids = ids_next;
@@ -119,10 +148,13 @@ DEVICE void produce(const GqaDecode& a, u32 stages, u32 full, u32 empty) {
           grid_wait();
           waited = true;
         }
+        const bool mend = part.first + i >= first_mended(part.len);
         if (lane == 0) {
-          const u32 dst = stages + stage * STAGE_BYTES, bar = full + stage * 8;
+          const u32 dst = stages + stage * STAGE_BYTES;
+          const u32 bar = mend ? landed + mended % STAGES * 8 : full + stage * 8;
           mbar_wait(empty + stage * 8, phase ^ 1);
           mbar_arrive_expect(bar, STAGE_BYTES);
+          if (!mend) mbar_arrive_for(bar, 31);  // as many as the mending warp has lanes
           const u16* kv = src + (size_t)BLOCK * (DR + group0 * (DN + DV));
           if (DR > 0 && row_groups > 1) bulk_load(dst, src, R_BYTES, bar);
           if (DR > 0 && row_groups == 1) bulk_load_hint(dst, src, R_BYTES, bar, once);
@@ -134,8 +166,97 @@ DEVICE void produce(const GqaDecode& a, u32 stages, u32 full, u32 empty) {
           }
         }
         __syncwarp();
+        mended += mend;
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
+    }
+  }
+}
+
+// ---- the warp that mends ----
+
+// A new token's values for this CTA, as a stage and a block of the cache have them: the rope key, then K and V of
+// NG groups. The functions below are about the eight from value `at` on.
+constexpr int TOKEN_VALUES = DR + NG * (DN + DV);
+constexpr int LANE_VALUES = (TOKEN_VALUES * SQ / 8 + 31) / 32;
+constexpr int HELD = SHIFT_REGISTERS ? 1 : LANE_VALUES < 4 ? LANE_VALUES : 4;  // eights a lane asks for at once
+
+// Their place in a stage, in elements.
+DEVICE int place(int at, int slot) {
+  if (at < DR) return tile_index<DR>(slot, at);
+  const int group = (at - DR) / (DN + DV), col = (at - DR) % (DN + DV);
+  const int tile = BLOCK * (DR + group * (DN + DV));
+  return tile + (col < DN ? tile_index<DN>(slot, col) : BLOCK * DN + tile_index<DV>(slot, col - DN));
+}
+
+// What rope_append_grouped.cu writes of row `row`.
+DEVICE uint4 new_values(const GqaDecode& a, int row, int position, int group0, int at) {
+  const float* cs = a.cos_table + (size_t)position * (TURN / 2);
+  const float* sn = a.sin_table + (size_t)position * (TURN / 2);
+  float v[8];
+  if (at < DR) {
+    rope_turn<TURN, 8, INTERLEAVE>(a.k_rope + (size_t)row * a.k_rope_stride, at, cs, sn, v);
+  } else {
+    const u16* src = a.kv + (size_t)row * a.kv_stride + group0 * (DN + DV) + at - DR;
+    const int col = (at - DR) % (DN + DV);
+    if (DR > 0 || col >= DN) return *(const uint4*)src;
+    rope_turn<TURN, 8, INTERLEAVE>(src - col, col, cs, sn, v);
+  }
+  return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+}
+
+// Puts the step's own tokens into their slots, there and in the cache for later steps, and zeroes V's rows after a
+// sequence's end as far as they are multiplied: 0 x NaN would not be 0.
+DEVICE void mend(const GqaDecode& a, unsigned char* stage_mem, u32 full, u32 landed) {
+  const int lane = threadIdx.x % 32;
+  const int row_groups = a.groups / NG;
+  const size_t block_elems = (size_t)BLOCK * (DR + a.groups * (DN + DV));
+  int seen = 0, mended = 0;  // blocks
+  if (APPEND) grid_wait();
+
+  for (int job = blockIdx.x; job < a.teams * row_groups; job += gridDim.x) {
+    int4 work = a.team[job / row_groups];
+    const int group0 = job % row_groups * NG;
+    Part part;
+    while (next_part(a, work, part)) {
+      for (int i = max(0, first_mended(part.len) - part.first); i < part.count; i++, mended++) {
+        const int stage = (seen + i) % STAGES, begin = (part.first + i) * BLOCK, valid = part.len - begin;
+        const u32 bar = landed + mended % STAGES * 8, phase = mended / STAGES & 1;
+        unsigned char* tile = stage_mem + stage * STAGE_BYTES;
+        if (APPEND) {
+          const int first = max(begin, part.len - SQ), count = min(begin + BLOCK, part.len) - first;
+          u16* block = a.cache + a.block_table[(size_t)part.seq * a.max_blocks + part.first + i] * block_elems;
+          for (int from = 0; from < count * (TOKEN_VALUES / 8); from += 32 * HELD) {
+            uint4 v[HELD];
+#pragma unroll
+            for (int j = 0; j < HELD; j++) {
+              const int chunk = from + j * 32 + lane, token = first + chunk / (TOKEN_VALUES / 8);
+              if (token < first + count)
+                v[j] = new_values(a, part.seq * SQ + token - (part.len - SQ), token, group0, chunk % (TOKEN_VALUES / 8) * 8);
+            }
+            if (from == 0) mbar_wait(bar, phase);
+#pragma unroll
+            for (int j = 0; j < HELD; j++) {
+              const int chunk = from + j * 32 + lane, token = first + chunk / (TOKEN_VALUES / 8);
+              if (token >= first + count) continue;
+              const int at = chunk % (TOKEN_VALUES / 8) * 8, to = place(at, token % BLOCK);
+              *(uint4*)(tile + to * 2) = v[j];
+              if (at >= DR) *(uint4*)(block + (size_t)BLOCK * group0 * (DN + DV) + to) = v[j];
+              else if (group0 == 0) *(uint4*)(block + to) = v[j];
+            }
+          }
+        } else {
+          mbar_wait(bar, phase);
+        }
+        const int clear = (valid < BLOCK ? ceil_div(valid, STEP) * STEP - valid : 0) * (DV / 8);
+#pragma unroll
+        for (int g = 0; g < NG; g++)
+          for (int j = lane; j < clear; j += 32)
+            *(uint4*)(tile + place(DR + g * (DN + DV) + DN + j % (DV / 8) * 8, valid + j / (DV / 8)) * 2) = make_uint4(0, 0, 0, 0);
+        fence_proxy_async();
+        mbar_arrive(full + stage * 8);
+      }
+      seen += part.count;
     }
   }
 }
@@ -153,12 +274,44 @@ struct Lane {
   u32 k_off, v_off;     // ldmatrix addresses within a tile's first panel, panel columns to be XORed in
 };
 
+// (x, y) turned by the angle with cosine c and sine s.
+DEVICE void turn(float& x, float& y, float c, float s) {
+  const float x0 = x;
+  x = x * c + -y * s;
+  y = y * c + x0 * s;
+}
+
+// Turns a lane's share of its rows by the angles from `cs` and `sn` on, of the sequence's first row.
+DEVICE void turn_queries(const Lane& w, const float* cs, const float* sn, u32 (&q)[DQ / 16][4]) {
+  constexpr int FIRST = (DQ - TURN) / 16, HALF = TURN / 32;  // in mma's steps of 16 columns
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = SQ > 1 ? min(w.row[i % 2], ROWS - 1) / GS : 0, col = i / 2 * 8 + w.lane % 4 * 2;
+#pragma unroll
+    for (int k = 0; k < (INTERLEAVE ? 2 * HALF : HALF); k++) {
+      const int at = row * (TURN / 2) + (k * 16 + col) / (INTERLEAVE ? 2 : 1);
+      u32 &x = q[FIRST + k][i], &y = q[FIRST + k + (INTERLEAVE ? 0 : HALF)][i];
+      if (INTERLEAVE) {
+        float lo = bf16_lo(x), hi = bf16_hi(x);
+        turn(lo, hi, cs[at], sn[at]);
+        x = pack_bf16(lo, hi);
+      } else {
+        const float2 c = *(const float2*)(cs + at), s = *(const float2*)(sn + at);
+        float x0 = bf16_lo(x), x1 = bf16_hi(x), y0 = bf16_lo(y), y1 = bf16_hi(y);
+        turn(x0, y0, c.x, s.x);
+        turn(x1, y1, c.y, s.y);
+        x = pack_bf16(x0, x1), y = pack_bf16(y0, y1);
+      }
+    }
+  }
+}
+
 DEVICE void load_queries(const GqaDecode& a, const Lane& w, int seq, int head0, u32 (&q)[DQ / 16][4]) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int row = w.row[i];
-    const size_t at = ((size_t)seq * SQ + row / GS) * (a.groups * GS) + head0 + row % GS;
-    const u32* src = (const u32*)(a.q + at * DQ) + w.lane % 4;
+    const u16* head = a.q + ((size_t)seq * SQ + row / GS) * a.q_stride + (head0 + row % GS) * DQ;
+    const u32* src = (const u32*)head + w.lane % 4;
 #pragma unroll
     for (int k = 0; k < DQ / 16; k++) {
       q[k][i] = row < ROWS ? src[k * 8] : 0;
@@ -220,14 +373,6 @@ DEVICE void attend(const Lane& w, const u32 (&q)[DQ / 16][4], Softmax& s, u32 ro
       mma_bf16(s.o[2 * d], pa, b[0], b[1]);
       mma_bf16(s.o[2 * d + 1], pa, b[2], b[3]);
     }
-  }
-}
-
-// Zeroes V's rows first..last of a tile: 0 x NaN would not be 0.
-DEVICE void clear_values(unsigned char* v, int lane, int first, int last) {
-  for (int i = lane; i < (last - first) * (DV / 8); i += 32) {
-    const int row = first + i / (DV / 8), chunk = i % (DV / 8);
-    *(uint4*)(v + chunk / 8 * PANEL + row * 128 + chunk % 8 * 16) = make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -323,9 +468,9 @@ DEVICE void consume(const GqaDecode& a, unsigned char* stage_mem, u32 full, u32 
   const int row_groups = a.groups / NG;
   const float scale2 = a.scale * LOG2E;
   const u32 stages = smem_addr(stage_mem);
-  grid_wait();
   int stage = 0;
   u32 phase = 0;
+  bool waited = false;
 
   for (int job = blockIdx.x; job < a.teams * row_groups; job += gridDim.x) {
     const int team = job / row_groups;
@@ -333,8 +478,14 @@ DEVICE void consume(const GqaDecode& a, unsigned char* stage_mem, u32 full, u32 
     int4 work = a.team[team];
     Part part;
     while (next_part(a, work, part)) {
+      if (!waited) grid_wait();
+      waited = true;
       u32 q[DQ / 16][4];
       load_queries(a, w, part.seq, head0, q);
+      if (APPEND) {
+        const size_t at = (size_t)(part.len - SQ) * (TURN / 2);
+        turn_queries(w, a.cos_table + at, a.sin_table + at, q);
+      }
       Softmax s;
 #pragma unroll
       for (int n = 0; n < DV / 8; n++)
@@ -351,14 +502,6 @@ DEVICE void consume(const GqaDecode& a, unsigned char* stage_mem, u32 full, u32 
         for (int r = 0; r < 2; r++) limit[r] = valid - SQ + 1 + w.row[r] / GS;
         const u32 rope = stages + stage * STAGE_BYTES, kv = rope + R_BYTES + w.group * KV_BYTES;
         mbar_wait(full + stage * 8, phase);
-        if (valid < BLOCK) {  // the sequence's last block
-          const int first = max(valid, w.slice * SLICE), last = (w.slice + 1) * SLICE;
-          if (w.tile == 0 && first < last)
-            clear_values(stage_mem + stage * STAGE_BYTES + R_BYTES + w.group * KV_BYTES + K_BYTES, w.lane, first, last);
-          fence_proxy_async();
-          if (RT > 1) named_barrier(1, 32 * WARPS);  // the row tiles share V
-          else __syncwarp();
-        }
 #pragma unroll 1
         for (int from = w.slice * SLICE; from < (w.slice + 1) * SLICE; from += STEP)
           if (from < valid) attend(w, q, s, rope, kv, from, masked, limit, scale2);
@@ -383,6 +526,7 @@ DEVICE void consume(const GqaDecode& a, unsigned char* stage_mem, u32 full, u32 
       if (w.slice == 0) write_rows(a, w, s, part, team, head0);
     }
   }
+  if (!waited) grid_wait();
 }
 
 // For the host: block, dynamic shared memory, groups a CTA.
@@ -390,14 +534,15 @@ extern "C" __device__ const int gqa_decode_launch[3] = {GQA_THREADS, GQA_SMEM, N
 
 extern "C" __global__ void __launch_bounds__(GQA_THREADS, 1) gqa_decode(const GqaDecode a) {
   extern __shared__ __align__(1024) unsigned char dynamic[];
-  __shared__ u64 bars[2 * STAGES];
+  __shared__ u64 bars[3 * STAGES];
   __shared__ float2 stats[WARPS][16];
   unsigned char* stage_mem = dynamic + ((1024 - smem_addr(dynamic) % 1024) % 1024);
-  const u32 full = smem_addr(bars), empty = full + STAGES * 8;
+  const u32 full = smem_addr(bars), empty = full + STAGES * 8, landed = empty + STAGES * 8;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      mbar_init(full + i * 8, 1);
+      mbar_init(full + i * 8, 32);
       mbar_init(empty + i * 8, WARPS);
+      mbar_init(landed + i * 8, 1);
     }
     mbar_init_fence();
   }
@@ -405,10 +550,11 @@ extern "C" __global__ void __launch_bounds__(GQA_THREADS, 1) gqa_decode(const Gq
   grid_launch_dependents();
 
   if (threadIdx.x / 32 >= WARPS) {
-    if (SHIFT_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x / 32 == WARPS) produce(a, smem_addr(stage_mem), full, empty);
+    if (SHIFT_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    if (threadIdx.x / 32 == WARPS) produce(a, smem_addr(stage_mem), full, empty, landed);
+    if (threadIdx.x / 32 == WARPS + 1) mend(a, stage_mem, full, landed);
   } else {
-    if (SHIFT_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if (SHIFT_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     consume(a, stage_mem, full, empty, stats);
   }
 }

@@ -1,5 +1,5 @@
 // Decode attention over grouped cache blocks for any head dimensions and any GPU
-// from sm_80 on: the plain form of gqa_decode.cu, with the same work split,
+// from sm_80 on: the plain form of gqa_decode.cu without APPEND, with the same work split,
 // partial results and arguments.
 //
 // A CTA takes one KV group and one tile of 16 query rows (GS heads x SQ

@@ -328,6 +328,22 @@ pub trait Backend: Send + Sized {
         cache: &Self::Cache,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// [`rope_append_grouped`](Backend::rope_append_grouped), then [`attend_grouped`](Backend::attend_grouped).
+    /// `q_turned` may hold what stands between.
+    fn append_attend_grouped(
+        &self,
+        shape: &AttentionShape,
+        rope: &Self::RopeTable,
+        q: View<Self::Tensor>,
+        kv: View<Self::Tensor>,
+        k_rope: Option<View<Self::Tensor>>,
+        q_turned: &mut Self::Tensor,
+        cache: &mut Self::Cache,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.rope_append_grouped(shape, rope, q, kv, k_rope, q_turned, cache)?;
+        self.attend_grouped(shape, q_turned, cache, out)
+    }
     /// `q_n ↦ W_UKᵀ q_n`, batched over groups: `q` `[rows, heads·(nope+rope)]` → `out` `[rows, heads·(latent+rope)]`,
     /// the rope parts turned. `kv_up` is kv_b's rows of the rank's groups, `[groups·(nope+value), latent]`. Like the
     /// next three it leaves out the rows of sequences that [`attend_expanded`](Backend::attend_expanded) takes.

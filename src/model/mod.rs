@@ -222,8 +222,7 @@ impl<B: Backend> Model<B> {
                 b.linear(qkv, bias.as_ref(), hidden, &mut a.down)?;
                 let q = View::new(&a.down, 0, q_width);
                 let kv = View::new(&a.down, q_width, s.groups * (s.nope + s.value));
-                b.rope_append_grouped(s, rope, q, kv, None, &mut a.q_turned, cache)?;
-                b.attend_grouped(s, &a.q_turned, cache, &mut a.o)?;
+                b.append_attend_grouped(s, rope, q, kv, None, &mut a.q_turned, cache, &mut a.o)?;
             }
             AttentionWeights::Latent(w) => {
                 b.linear(&w.down, w.down_bias.as_ref(), hidden, &mut a.down)?;
@@ -264,8 +263,7 @@ impl<B: Backend> Model<B> {
                     Path::Gqa => {
                         b.linear(&w.kv_up, None, latent, &mut a.kv)?;
                         let kv = View::new(&a.kv, 0, s.groups * (s.nope + s.value));
-                        b.rope_append_grouped(s, rope, q, kv, Some(k_rope), &mut a.q_turned, cache)?;
-                        b.attend_grouped(s, &a.q_turned, cache, &mut a.o)?;
+                        b.append_attend_grouped(s, rope, q, kv, Some(k_rope), &mut a.q_turned, cache, &mut a.o)?;
                     }
                     Path::Absorb => {
                         b.absorb_query(s, rope, &w.kv_up, q, &mut a.q_absorbed)?;

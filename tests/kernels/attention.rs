@@ -50,7 +50,10 @@ fn batches(random: &mut Random) -> Vec<Batch> {
         let few = [&[(1, 1), (1, 129)][..], &[(2, 65)], &[(3, 66)], &[(4, 70)], &[(20, 84), (1, 5)], &many];
         return few.map(|spans| random.batch(spans)).into();
     }
+    let rows = 1 + random.below(4);
+    let ragged: Vec<_> = (0..9).map(|_| (rows, rows + random.below(200))).collect();
     [
+        &ragged,
         &[(1, 1), (1, 64), (1, 65), (1, 700), (1, 129)][..],
         &[(2, 2), (2, 65), (2, 400)],
         &[(4, 4), (4, 66), (4, 128), (4, 500)],
@@ -105,6 +108,7 @@ fn grouped_attention() {
         let layout = Layout::Grouped { groups: s.groups, nope: s.nope, rope: s.rope, value: s.value };
         for batch in batches(&mut p.random) {
             let mut cg = poisoned(&p.gpu, layout, blocks(&batch));
+            let mut joint = poisoned(&p.gpu, layout, blocks(&batch));
             let mut cc = p.cpu.cache(layout, blocks(&batch)).unwrap();
             let all = steps(&batch);
             for (i, step) in all.iter().enumerate() {
@@ -115,30 +119,13 @@ fn grouped_attention() {
                 let x = p.random.floats(n * wide);
                 let (xg, xc) = p.tensors(&x, wide);
                 let (mut qg, mut qc) = p.outputs(n, qw);
-                let k_rope = (s.rope > 0).then_some(());
-                p.gpu
-                    .rope_append_grouped(
-                        &s,
-                        &tg,
-                        View::new(&xg, 0, qw),
-                        View::new(&xg, qw + 8, kvw),
-                        k_rope.map(|()| View::new(&xg, qw + 8 + kvw, s.rope)),
-                        &mut qg,
-                        &mut cg,
-                    )
-                    .unwrap();
-                p.cpu
-                    .rope_append_grouped(
-                        &s,
-                        &tc,
-                        View::new(&xc, 0, qw),
-                        View::new(&xc, qw + 8, kvw),
-                        k_rope.map(|()| View::new(&xc, qw + 8 + kvw, s.rope)),
-                        &mut qc,
-                        &mut cc,
-                    )
-                    .unwrap();
+                let (q, kv, k_rope) = projections(&xg, &s);
+                p.gpu.rope_append_grouped(&s, &tg, q, kv, k_rope, &mut qg, &mut cg).unwrap();
+                let (q, kv, k_rope) = projections(&xc, &s);
+                p.cpu.rope_append_grouped(&s, &tc, q, kv, k_rope, &mut qc, &mut cc).unwrap();
                 if i + 1 < all.len() {
+                    let (q, kv, k_rope) = projections(&xg, &s);
+                    p.gpu.rope_append_grouped(&s, &tg, q, kv, k_rope, &mut qg, &mut joint).unwrap();
                     continue;
                 }
                 let spans: Vec<_> = batch.spans.iter().map(|s| (s.rows, s.context)).collect();
@@ -147,8 +134,64 @@ fn grouped_attention() {
                 p.gpu.attend_grouped(&s, &qg, &cg, &mut og).unwrap();
                 p.cpu.attend_grouped(&s, &qc, &cc, &mut oc).unwrap();
                 p.same(&format!("attention {dims:?} over {spans:?}"), (&og, &oc), n, 1e-2);
+                let (mut turned, _) = p.outputs(n, qw);
+                p.gpu.poison_tensor(&mut og, 0xff).unwrap();
+                let (q, kv, k_rope) = projections(&xg, &s);
+                p.gpu.append_attend_grouped(&s, &tg, q, kv, k_rope, &mut turned, &mut joint, &mut og).unwrap();
+                p.same(&format!("append and attention {dims:?} over {spans:?}"), (&og, &oc), n, 1e-2);
+                let same = p.gpu.cache_bits(&joint).unwrap() == p.gpu.cache_bits(&cg).unwrap();
+                assert!(same, "caches of {dims:?} over {spans:?} differ");
             }
         }
+    }
+}
+
+/// Queries, keys with values, and the rope key if there is one, side by side.
+fn projections<'a, T>(x: &'a T, s: &AttentionShape) -> (View<'a, T>, View<'a, T>, Option<View<'a, T>>) {
+    let (q, kv) = (s.heads * (s.nope + s.rope), s.groups * (s.nope + s.value));
+    let k_rope = (s.rope > 0).then(|| View::new(x, q + 8 + kv, s.rope));
+    (View::new(x, 0, q), View::new(x, q + 8, kv), k_rope)
+}
+
+#[test]
+fn a_padded_step_appends_what_is_its_own() {
+    let Some(mut p) = pair() else { return };
+    for (dims, interleave, rows) in
+        [((8, 2, 0, 4, 128, 0, 128, 0), false, 1), ((10, 2, 0, 5, 192, 64, 256, 512), true, 2)]
+    {
+        let s = shape(dims);
+        let turned = if s.rope > 0 { s.rope } else { s.nope };
+        let rope = Rope { interleave, ..ROPE };
+        let table = p.gpu.rope_table(&rope, &frequencies(turned), 1.0, 800).unwrap();
+        let layout = Layout::Grouped { groups: s.groups, nope: s.nope, rope: s.rope, value: s.value };
+        let batch = p.random.batch(&[(rows, 200), (rows, 64 + 1), (rows, rows)]);
+        let mut caches = [(); 2].map(|()| poisoned(&p.gpu, layout, blocks(&batch)));
+        let wide = s.heads * (s.nope + s.rope) + 8 + s.groups * (s.nope + s.value) + s.rope;
+        for step in steps(&batch) {
+            let x = p.random.floats(step.rows() * wide);
+            let (x, _) = p.tensors(&x, wide);
+            let (mut turned, _) = p.outputs(step.rows(), s.heads * (s.nope + s.rope));
+            let [apart, joint] = &mut caches;
+            let (mut expected, _) = p.outputs(step.rows(), s.heads * s.value);
+            let (mut out, _) = p.outputs(step.rows(), s.heads * s.value);
+            p.gpu.begin(&step).unwrap();
+            let (q, kv, k_rope) = projections(&x, &s);
+            p.gpu.rope_append_grouped(&s, &table, q, kv, k_rope, &mut turned, apart).unwrap();
+            p.gpu.attend_grouped(&s, &turned, apart, &mut expected).unwrap();
+            // Three sequences are computed as four, the second time from a graph.
+            for _ in 0..2 {
+                p.gpu.poison_tensor(&mut out, 0xff).unwrap();
+                let joint = p.gpu.step(9, &step, |b| {
+                    let (q, kv, k_rope) = projections(&x, &s);
+                    b.append_attend_grouped(&s, &table, q, kv, k_rope, &mut turned, joint, &mut out)
+                });
+                joint.unwrap();
+                let outs = [&out, &expected].map(|x| p.gpu.read(x, step.rows()).unwrap());
+                close("a padded step", &outs[0], &outs[1], 5e-3);
+            }
+        }
+        let bits = caches.map(|c| p.gpu.cache_bits(&c).unwrap());
+        assert!(bits[0] == bits[1], "caches of {dims:?} differ");
     }
 }
 

@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use gqla::backend::AttentionShape;
 use gqla::backend::cuda::kernels::{Source, compile, compiler_version, export, source};
 use gqla::backend::cuda::{
-    Cut, absorb_constants, combines_output, decode_source, expanded_constants, expert_constants, latent_constants,
-    prefill_constants, route_constants,
+    Cut, absorb_constants, append_constants, combines_output, decode_source, expanded_constants, expert_constants,
+    latent_constants, prefill_constants, route_constants,
 };
 use gqla::config::{Moe, Scoring};
 
@@ -91,6 +91,9 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
         let int = |x: usize| x as i64;
         for rows in [1, 2, 3, 4] {
             let (src, _, constants) = decode_source(&s, false, rows, hopper);
+            for interleave in [false, true].into_iter().filter(|_| *src == source::GQA_DECODE) {
+                add(src, [&constants[..], &append_constants(interleave)].concat());
+            }
             add(src, constants);
             add(&source::COMBINE, vec![("DV", int(s.value)), ("SQ", int(rows))]);
         }

@@ -4,6 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
+use super::Operand;
 use super::context::{Gpu, Memory};
 use super::kernels::{Function, Kernels, Launch, Source, arguments, source};
 use super::step::{Inputs, Run};
@@ -25,6 +26,14 @@ struct GqaDecode {
     max_blocks: i32,
     teams: i32,
     scale: f32,
+    // So far as the portable kernel has it.
+    kv: u64,
+    k_rope: u64,
+    cos_table: u64,
+    sin_table: u64,
+    q_stride: i32,
+    kv_stride: i32,
+    k_rope_stride: i32,
 }
 #[repr(C)]
 struct AbsorbParams {
@@ -97,6 +106,18 @@ pub(crate) enum Form {
     Latent,
 }
 
+/// What a step appends to a grouped cache: projections that are not turned yet, and the angles.
+#[derive(Clone, Copy)]
+pub(super) struct Fresh {
+    pub q: Operand,
+    pub kv: Operand,
+    /// Of zeros where there is no shared rope key.
+    pub k_rope: Operand,
+    pub cos: u64,
+    pub sin: u64,
+    pub interleave: bool,
+}
+
 /// A decode kernel, chosen for a shape and s_q.
 struct Decode {
     function: Function,
@@ -161,7 +182,7 @@ impl Attention {
         for (i, run) in inputs.runs.iter().enumerate() {
             let skip = |width: usize| (run.first * shape.heads * width * 2) as u64;
             let out = out + skip(out_width);
-            let parts = self.decode(kernels, inputs, shape, form, (i, run), q + skip(q_width), cache, out)?;
+            let parts = self.decode(kernels, inputs, shape, form, (i, run), q + skip(q_width), None, cache, out)?;
             self.combine(kernels, shape, form, run, &parts, out)?;
         }
         for chunk in inputs.chunks(|rows, context| !shape.expands(rows, context)) {
@@ -188,6 +209,31 @@ impl Attention {
         Ok(())
     }
 
+    /// Enqueues rotation, append and attention, where one launch does them all: on Hopper, in a step that is one run of
+    /// few rows each. Elsewhere it enqueues nothing and says false.
+    pub fn append_attend(
+        &self,
+        kernels: &Kernels,
+        inputs: &Inputs,
+        shape: &AttentionShape,
+        fresh: Fresh,
+        cache: u64,
+        out: u64,
+    ) -> Result<bool> {
+        let [run] = inputs.runs.as_slice() else { return Ok(false) };
+        let takes = *decode_source(shape, false, run.rows, self.gpu.sm() == 90).0 == source::GQA_DECODE;
+        // The kernel reads 16 bytes at a time.
+        let aligned = |x: Operand| x.at.is_multiple_of(16) && x.stride.is_multiple_of(8);
+        let takes = takes && [fresh.q, fresh.kv, fresh.k_rope].into_iter().all(aligned);
+        if !takes || run.count * run.rows < inputs.rows {
+            return Ok(false);
+        }
+        let form = Form::Grouped;
+        let parts = self.decode(kernels, inputs, shape, form, (0, run), fresh.q.at, Some(fresh), cache, out)?;
+        self.combine(kernels, shape, form, run, &parts, out)?;
+        Ok(true)
+    }
+
     /// Enqueues decode attention over latents and the product with W_UV, where the launch that joins a sequence's parts
     /// multiplies too: on Hopper, in a step that is one run of not too many rows. Elsewhere it enqueues nothing and says
     /// false.
@@ -210,7 +256,7 @@ impl Attention {
         let Some((split, tile)) = joined_cut(pairs, shape.groups, self.gpu.info.multiprocessors) else {
             return Ok(false);
         };
-        let parts = self.decode(kernels, inputs, shape, Form::Latent, (0, run), q, cache, latent)?;
+        let parts = self.decode(kernels, inputs, shape, Form::Latent, (0, run), q, None, cache, latent)?;
         let constants =
             [("SQ", run.rows as i64), ("DN", shape.nope as i64), ("DV", shape.value as i64), ("SPLIT", split as i64)];
         let f = kernels.get(&source::COMBINE_OUTPUT, "combine_output", &constants)?;
@@ -233,7 +279,7 @@ impl Attention {
         Ok(true)
     }
 
-    /// The decode kernel of a run.
+    /// The decode kernel of a run. Over groups it appends what is `fresh`.
     fn decode(
         &self,
         kernels: &Kernels,
@@ -242,12 +288,13 @@ impl Attention {
         form: Form,
         (index, run): (usize, &Run),
         q: u64,
+        fresh: Option<Fresh>,
         cache: u64,
         out: u64,
     ) -> Result<Parts> {
-        let kernel = decode_kernel(kernels, &self.gpu, shape, form, run.rows)?;
+        let kernel = decode_kernel(kernels, &self.gpu, shape, form, run.rows, fresh.map(|f| f.interleave))?;
         let teams = (kernel.resident / kernel.row_groups).max(1);
-        let (team, seq, fresh) = self.plan(kernels, inputs, form, index, run, teams)?;
+        let (team, seq, planned) = self.plan(kernels, inputs, form, index, run, teams)?;
         let (_, width) = widths(shape, form);
         let parts = (run.count + teams) * run.rows * shape.heads;
         let (part_o, part_lse) = self.parts(parts * width * 4, parts * 4)?;
@@ -255,13 +302,34 @@ impl Attention {
         let max_blocks = inputs.max_blocks as i32;
         // The kernels read the split before they wait for the launch before them.
         let launch = Launch::new(teams * kernel.row_groups, kernel.threads).shared(kernel.shared);
-        let launch = Launch { serial: fresh, ..launch };
+        let launch = Launch { serial: planned, ..launch };
         match form {
             Form::Grouped => {
-                let (groups, teams) = (shape.groups as i32, teams as i32);
-                let scale = shape.scale;
-                #[rustfmt::skip]
-                let a = GqaDecode { q, cache, out, part_o, part_lse, block_table, lens, team, groups, max_blocks, teams, scale };
+                let none = Operand { at: 0, stride: 0 };
+                let turned = Operand { at: q, stride: shape.heads * (shape.nope + shape.rope) };
+                let turned = Fresh { q: turned, kv: none, k_rope: none, cos: 0, sin: 0, interleave: false };
+                let fresh = fresh.unwrap_or(turned);
+                let a = GqaDecode {
+                    q,
+                    cache,
+                    out,
+                    part_o,
+                    part_lse,
+                    block_table,
+                    lens,
+                    team,
+                    groups: shape.groups as i32,
+                    max_blocks,
+                    teams: teams as i32,
+                    scale: shape.scale,
+                    kv: fresh.kv.at,
+                    k_rope: fresh.k_rope.at,
+                    cos_table: fresh.cos,
+                    sin_table: fresh.sin,
+                    q_stride: fresh.q.stride as i32,
+                    kv_stride: fresh.kv.stride as i32,
+                    k_rope_stride: fresh.k_rope.stride as i32,
+                };
                 kernels.launch(kernel.function, launch, arguments![a])?;
             }
             Form::Latent => {
@@ -426,9 +494,23 @@ fn groups_per_cta(shape: &AttentionShape, tiles: usize, most: usize) -> usize {
     if shape.rope > 0 && shape.groups >= 4 && shape.groups.is_multiple_of(2) && fits { 2 } else { 1 }
 }
 
-fn decode_kernel(kernels: &Kernels, gpu: &Gpu, shape: &AttentionShape, form: Form, rows: usize) -> Result<Decode> {
+/// The constants of the grouped decode kernel that rotates and appends too, besides the others.
+pub fn append_constants(interleave: bool) -> [(&'static str, i64); 2] {
+    [("APPEND", 1), ("INTERLEAVE", i64::from(interleave))]
+}
+
+/// `append`: whether neighbours turn, where the kernel rotates and appends too.
+fn decode_kernel(
+    kernels: &Kernels,
+    gpu: &Gpu,
+    shape: &AttentionShape,
+    form: Form,
+    rows: usize,
+    append: Option<bool>,
+) -> Result<Decode> {
     let hopper = gpu.sm() == 90;
-    let (source, entry, constants) = decode_source(shape, form == Form::Latent, rows, hopper);
+    let (source, entry, mut constants) = decode_source(shape, form == Form::Latent, rows, hopper);
+    constants.extend(append.into_iter().flat_map(append_constants));
     let function = kernels.get(source, entry, &constants)?;
     let [threads, shared, tiles] = function.exports();
     let row_groups = match *source {

@@ -26,7 +26,7 @@ use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use attention::{combines_output, decode_source, expanded_constants, prefill_constants};
+pub use attention::{append_constants, combines_output, decode_source, expanded_constants, prefill_constants};
 pub use context::{Gpu, GpuInfo, Memory, available};
 pub use experts::{Experts, Routing, expert_constants, route_constants};
 pub use load::{Matrix, Vector};

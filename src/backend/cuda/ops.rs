@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rayon::prelude::*;
 
-use super::attention::Form;
+use super::attention::{Form, Fresh};
 use super::context::{Memory, Pinned, bytes_of, bytes_of_mut};
 use super::experts::Results;
 use super::graph::{self, Graph};
@@ -180,6 +180,19 @@ impl CudaBackend {
             self.attention.generation.set(self.attention.generation.get() + 1);
         }
         Ok(results)
+    }
+
+    /// Whether a grouped cache and the angles are of the shape.
+    fn fits_groups(&self, shape: &AttentionShape, rope: &RopeTable, rope_key: bool, cache: &Cache) -> Result<()> {
+        let (groups, nope, value) = (shape.groups, shape.nope, shape.value);
+        let turned = if rope_key { shape.rope } else { nope };
+        expect(
+            cache.layout == Layout::Grouped { groups, nope, rope: shape.rope, value } && rope.pairs * 2 == turned,
+            || format!("{:?} for {shape:?}, with {} pairs to turn", cache.layout, rope.pairs),
+        )?;
+        expect(self.inputs.max_blocks * BLOCK >= rope.positions, || {
+            format!("{} positions on a backend made for fewer", rope.positions)
+        })
     }
 
     /// Chooses a token for each output row of `logits` `[outputs, vocab]`, whose first column is token `first`.
@@ -462,15 +475,8 @@ impl Backend for CudaBackend {
         q_out: &mut Tensor,
         cache: &mut Cache,
     ) -> Result<()> {
+        self.fits_groups(shape, rope, k_rope.is_some(), cache)?;
         let (groups, nope, value) = (shape.groups, shape.nope, shape.value);
-        let turned = if k_rope.is_some() { shape.rope } else { nope };
-        expect(
-            cache.layout == Layout::Grouped { groups, nope, rope: shape.rope, value } && rope.pairs * 2 == turned,
-            || format!("{:?} for {shape:?}, with {} pairs to turn", cache.layout, rope.pairs),
-        )?;
-        expect(self.inputs.max_blocks * BLOCK >= rope.positions, || {
-            format!("{} positions on a backend made for fewer", rope.positions)
-        })?;
         let constants = [
             ("DN", nope as i64),
             ("DR", shape.rope as i64),
@@ -526,6 +532,35 @@ impl Backend for CudaBackend {
 
     fn attend_grouped(&self, shape: &AttentionShape, q: &Tensor, cache: &Cache, out: &mut Tensor) -> Result<()> {
         self.attend(shape, Form::Grouped, q, cache, out)
+    }
+
+    fn append_attend_grouped(
+        &self,
+        shape: &AttentionShape,
+        rope: &RopeTable,
+        q: View<Tensor>,
+        kv: View<Tensor>,
+        k_rope: Option<View<Tensor>>,
+        q_turned: &mut Tensor,
+        cache: &mut Cache,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.fits_groups(shape, rope, k_rope.is_some(), cache)?;
+        let operand = |x: &View<Tensor>| Operand { at: address(x), stride: x.tensor.cols };
+        let fresh = Fresh {
+            q: operand(&q),
+            kv: operand(&kv),
+            k_rope: k_rope.as_ref().map_or(Operand { at: 0, stride: 0 }, operand),
+            cos: rope.cos.at(),
+            sin: rope.sin.at(),
+            interleave: rope.interleave,
+        };
+        let (kernels, inputs) = (&self.kernels, &self.inputs);
+        if self.attention.append_attend(kernels, inputs, shape, fresh, cache.memory.at(), out.at())? {
+            return Ok(());
+        }
+        self.rope_append_grouped(shape, rope, q, kv, k_rope, q_turned, cache)?;
+        self.attend_grouped(shape, q_turned, cache, out)
     }
 
     fn absorb_query(
@@ -853,6 +888,14 @@ impl CudaBackend {
     /// Fills a cache with bytes: NaN from 0xff.
     pub fn poison(&self, cache: &mut Cache, byte: u8) -> Result<()> {
         self.gpu.fill(cache.memory.at(), byte, cache.memory.bytes())
+    }
+
+    /// A cache as it lies in memory, bf16.
+    pub fn cache_bits(&self, cache: &Cache) -> Result<Vec<u16>> {
+        let mut bits = vec![0u16; cache.memory.bytes() / 2];
+        self.gpu.download(cache.memory.at(), bytes_of_mut(&mut bits))?;
+        self.gpu.synchronize()?;
+        Ok(bits)
     }
 
     /// Fills a tensor with bytes.
