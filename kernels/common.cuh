@@ -365,7 +365,7 @@ struct Skinny {
     if (threadIdx.x == 0) {
       for (int s = 0; s < Ring; s++) {
         mbar_init(full(base, s), (Loaders + 1) * 32);
-        mbar_init(empty(base, s), 8);
+        mbar_init(empty(base, s), COMPUTE);
       }
       mbar_init_fence();
     }
@@ -482,8 +482,8 @@ struct Skinny {
         else if (tiles <= (NT + 1) / 2) multiply<(NT + 1) / 2>(acc, at_w, at_x, wk, steps);
         else multiply<NT>(acc, at_w, at_x, wk, steps);
       }
-      __syncwarp();
-      if (lane == 0) mbar_arrive(empty(base, s));
+      // Every lane for itself: racecheck takes one lane's arrival for that lane's reads only.
+      mbar_arrive(empty(base, s));
       if (c.last()) {
 #pragma unroll
         for (int j = 0; j < NT; j++) {

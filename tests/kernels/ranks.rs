@@ -71,10 +71,18 @@ fn two_ranks_compute_what_one_does() {
         }
         for (how, options) in ways {
             let (two, _) = run(2, &options, name, path, seed);
+            let (mut close, mut rows) = (0, 0);
             for (i, (a, b)) in two.iter().zip(&one).enumerate() {
                 let what = format!("{name} on the {path} path, 2 ranks by {how}, step {i}");
-                rows_close(&what, a, b, vocab, 0.04, if name.starts_with("tiny") { 0.9 } else { 0.5 });
+                close += rows_within(&what, a, b, vocab, 0.04);
+                rows += a.len() / vocab;
             }
+            // In single rows another expert may win, where two score nearly alike.
+            let part = if name.starts_with("tiny") { 0.9 } else { 0.5 };
+            assert!(
+                close as f64 >= part * rows as f64,
+                "{name} on the {path} path, 2 ranks by {how}: {close} of {rows} rows are within 4e-2"
+            );
             eprintln!("{name}, {path} path: two ranks by {how}");
         }
     }
