@@ -8,6 +8,7 @@ use super::Operand;
 use super::context::{Gpu, Memory};
 use super::kernels::{Function, Kernels, Launch, Source, arguments, source};
 use super::step::{Inputs, Run};
+use super::stream::clusters;
 use crate::backend::AttentionShape;
 use crate::error::{Error, Result};
 
@@ -435,9 +436,8 @@ fn joined_cut(pairs: usize, groups: usize, multiprocessors: usize) -> Option<(us
     if few <= 16 {
         return Some((8, few));
     }
-    // Clusters of four, two CTAs to a multiprocessor; some of a group's 16 or 18 multiprocessors stay out of them.
-    let at_once = 2 * (multiprocessors * 10 / 11 / 4);
-    (pairs.div_ceil(16) * groups <= at_once).then_some((4, 16))
+    // Clusters of four, two CTAs to a multiprocessor.
+    (pairs.div_ceil(16) * groups <= 2 * clusters(multiprocessors, 4)).then_some((4, 16))
 }
 
 /// Whether W_UV's rows divide among the CTAs of a cluster of combine_output.cu.

@@ -13,7 +13,12 @@ use crate::error::{Error, Result};
 #[repr(C)]
 struct Route([u64; 11], i32, f32);
 #[repr(C)]
-struct ExpertsRun([u64; 13], i32);
+#[derive(Clone, Copy)]
+struct ExpertsRun {
+    tensors: [u64; 12],
+    out: u64,
+    rows: i32,
+}
 #[repr(C)]
 struct TileJob(u64, u64, i32, i32, i32);
 
@@ -264,7 +269,7 @@ pub(crate) struct Workspace {
 }
 
 impl Workspace {
-    /// Enqueues the products of the experts of `rows` rows of `x`; `out` is where [`sum`](Workspace::sum) would write.
+    /// Enqueues the products of the experts of `rows` rows of `x`.
     pub fn products(
         &mut self,
         gpu: &Arc<Gpu>,
@@ -273,7 +278,6 @@ impl Workspace {
         routing: &Routing,
         rows: usize,
         x: u64,
-        out: u64,
     ) -> Result<Results> {
         let dims = (e.experts, e.top_k, e.hidden);
         let constants = expert_constants(dims, (e.width, e.shared_width), rows);
@@ -287,8 +291,8 @@ impl Workspace {
         }
         let h = self.memory.as_ref().map_or(0, Memory::at);
         let (shared_up, shared_down) = e.shared.as_ref().map_or((0, 0), |(u, d)| (u.at(), d.at()));
-        let a = ExpertsRun(
-            [
+        let a = ExpertsRun {
+            tensors: [
                 x,
                 routing.ids(),
                 routing.weights(),
@@ -301,10 +305,10 @@ impl Workspace {
                 routing.order.at(),
                 h,
                 h + h_bytes as u64,
-                out,
             ],
-            rows as i32,
-        );
+            out: 0,
+            rows: rows as i32,
+        };
         let get = |source, entry| kernels.get(source, entry, &constants);
         let streamed = gpu.sm() >= 90 && [e.hidden, e.width, e.shared_width].iter().all(|w| w % 32 == 0);
         let cores = gpu.info.multiprocessors;
@@ -335,11 +339,12 @@ impl Workspace {
         })
     }
 
-    /// Enqueues the weighted sums of `rows` rows of results.
-    pub fn sum(&self, kernels: &Kernels, e: &Experts, rows: usize, results: &Results) -> Result<()> {
+    /// Enqueues the weighted sums of `rows` rows of results, into `out`.
+    pub fn sum(&self, kernels: &Kernels, e: &Experts, rows: usize, results: &Results, out: u64) -> Result<()> {
         let grid = (e.hidden.div_ceil(1024), rows, 1);
         let launch = Launch { grid, block: 128, serial: results.serial, ..Launch::default() };
         let f = kernels.get(&source::EXPERTS, "experts_sum", &results.constants)?;
-        kernels.launch(f, launch, arguments![results.run])
+        let a = ExpertsRun { out, ..results.run };
+        kernels.launch(f, launch, arguments![a])
     }
 }

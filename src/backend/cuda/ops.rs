@@ -79,20 +79,6 @@ impl CudaBackend {
         self.inputs.rows
     }
 
-    fn norm_kernel(
-        &self,
-        entry: &'static str,
-        width: usize,
-        f32_x: bool,
-    ) -> Result<(super::kernels::Function, Launch)> {
-        let mut constants = vec![("WIDTH", width as i64)];
-        if !f32_x {
-            constants.push(("X_BF16", 1));
-        }
-        let f = self.kernels.get(&source::NORM, entry, &constants)?;
-        Ok((f, Launch::new(self.rows(), f.exports()[0])))
-    }
-
     /// `absorb_query`, which needs the angles, or `absorb_output`, into `columns` columns a head.
     fn absorb(
         &self,
@@ -173,9 +159,10 @@ impl CudaBackend {
         self.kernels.launch(f, launch, arguments![a])
     }
 
-    fn experts_products(&mut self, e: &Experts, routing: &Routing, x: &Tensor, out: &Tensor) -> Result<Results> {
+    /// The products of the chosen experts, not summed.
+    fn experts_products(&mut self, e: &Experts, routing: &Routing, x: &Tensor) -> Result<Results> {
         let rows = self.rows();
-        let results = self.experts.products(&self.gpu, &self.kernels, e, routing, rows, x.at(), out.at())?;
+        let results = self.experts.products(&self.gpu, &self.kernels, e, routing, rows, x.at())?;
         if results.grown {
             self.attention.generation.set(self.attention.generation.get() + 1);
         }
@@ -427,9 +414,13 @@ impl Backend for CudaBackend {
 
     fn norm(&self, x: &Tensor, weight: &Vector, eps: f32, out: &mut Tensor) -> Result<()> {
         expect(x.cols == weight.len && out.cols == x.cols, || format!("a norm of {} columns", x.cols))?;
-        let (f, launch) = self.norm_kernel("norm_rows", x.cols, x.element == Element::F32)?;
+        let mut constants = vec![("WIDTH", x.cols as i64)];
+        if x.element == Element::Bf16 {
+            constants.push(("X_BF16", 1));
+        }
+        let f = self.kernels.get(&source::NORM, "norm_rows", &constants)?;
         let a = Norm(x.at(), weight.memory.at(), out.at(), eps);
-        self.kernels.launch(f, launch, arguments![a])
+        self.kernels.launch(f, Launch::new(self.rows(), f.exports()[0]), arguments![a])
     }
 
     fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {
@@ -663,8 +654,8 @@ impl Backend for CudaBackend {
     }
 
     fn moe(&mut self, experts: &Experts, routing: &Routing, x: &Tensor, out: &mut Tensor) -> Result<()> {
-        let results = self.experts_products(experts, routing, x, out)?;
-        self.experts.sum(&self.kernels, experts, self.rows(), &results)
+        let results = self.experts_products(experts, routing, x)?;
+        self.experts.sum(&self.kernels, experts, self.rows(), &results, out.at())
     }
 
     fn moe_all_reduce_add_norm(
@@ -682,7 +673,7 @@ impl Backend for CudaBackend {
             self.moe(experts, routing, h, partial)?;
             return self.all_reduce_add_norm(partial, None, x, weight, eps, h);
         }
-        let results = self.experts_products(experts, routing, h, partial)?;
+        let results = self.experts_products(experts, routing, h)?;
         self.add_norm(one_shot, Added::Experts(&results), None, x, weight, eps, h)
     }
 

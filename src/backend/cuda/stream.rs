@@ -32,9 +32,7 @@ impl Cut {
 
     /// Equal shares to 8 columns for clusters of `split` CTAs.
     fn split(n: usize, gated: bool, multiprocessors: usize, split: usize) -> Cut {
-        // A group of multiprocessors has 16 or 18: clusters of 4 leave some of them out.
-        let clusters = if split == 4 { multiprocessors * 10 / 11 / 4 } else { multiprocessors / split };
-        let share = n.div_ceil(8).div_ceil(clusters.max(1)).next_multiple_of(split);
+        let share = n.div_ceil(8).div_ceil(clusters(multiprocessors, split).max(1)).next_multiple_of(split);
         // wgmma has 256 columns; somewhat fewer leave room for more stages.
         let passes = if split > 1 { 1 } else { share.div_ceil(if gated { 15 } else { 28 }) };
         let columns = 8 * share.div_ceil(passes);
@@ -55,6 +53,12 @@ impl Cut {
         let read = 2.0 * (n * gates * k) as f64;
         (taken / 76e9).max(read / 4.2e12) + [0.0, 1e-6, 1.5e-6][self.split / 2]
     }
+}
+
+/// Clusters of `size` CTAs that the card has room for at once, a multiprocessor for each CTA. A group of multiprocessors has
+/// 16 or 18: clusters of 4 leave some of them out.
+pub(crate) fn clusters(multiprocessors: usize, size: usize) -> usize {
+    if size == 4 { multiprocessors * 10 / 11 / 4 } else { multiprocessors / size }
 }
 
 /// A matrix for the tensor copy engine, as kernels take it.
