@@ -1,9 +1,7 @@
 // Absorb decode attention for Hopper: every query head of a rank attends to the
-// paged latent cache (one key of DC+DR = 576 columns a token, whose first DC = 512
-// columns are the value too).
-//
-// -D HEADS (local heads), SQ (query rows a sequence); DC, DR and BLOCK are 512, 64
-// and 64 here, absorb_decode_portable.cu takes any. Needs sm_90a.
+// paged latent cache. For more than 32 query rows a sequence: up to there memory is
+// what limits it, and absorb_decode_few.cu is faster. This text follows
+// absorb_work.cu. Needs sm_90a.
 //
 // Rows of a sequence are its SQ*HEADS (position, head) pairs, cut into tiles of 64.
 // A CTA holds one row tile: 64 x 576 queries in shared memory and the 64 x 512 f32
@@ -26,22 +24,9 @@
 // other's buffers), prefetching into L2, letting the warpgroups take strict turns
 // at the tensor cores (15 % faster when nothing has to be loaded, slower when it has).
 
-#ifndef SQ
-#define SQ 1
-#endif
-#if (defined(DC) && DC != 512) || (defined(DR) && DR != 64) || BLOCK != 64
-#error "absorb_decode is for 512 + 64 columns in blocks of 64; use absorb_decode_portable"
-#endif
-
-#define DIM 576                                  // key columns
-#define VDIM 512                                 // value columns
-#define PANEL 8192                               // bytes: 64 tokens x 64 columns
-#define PANELS 9
 #define TILE_BYTES (PANELS * PANEL)              // a cache block, and a query tile
-#define ROWS (HEADS * SQ)                        // query rows of a sequence
 #define ROW_TILES ((ROWS + 63) / 64)
 #define THREADS 384                              // two warpgroups, and one whose first warp produces
-#define RESCALE 8.0f                             // log2 growth of the maximum that is let pass
 
 // Offsets in dynamic shared memory (its base must be 1024-aligned).
 #define SM_Q 0
@@ -55,20 +40,6 @@
 #define BAR_Q_EMPTY (BAR_Q_FULL + 8)
 #define BAR_P(buf) (BAR_Q_EMPTY + 8 + (buf) * 8)
 #define SMEM_BYTES (SM_BAR + (2 * PANELS + 8) * 8) // 222928: what the launch must grant
-
-struct AbsorbParams {
-  const u16* q;           // bf16 [batch*SQ, HEADS, 576]
-  const u16* cache;       // bf16 [num_blocks] tiles 64 x 576, swizzled panels
-  const int* block_table; // [batch, max_blocks]
-  const int* lens;        // [batch], tokens with the SQ new ones; 0 = padding
-  const int4* team;       // [teams] {first sequence, its first block, blocks in all, tokens of that sequence}
-  const int2* seq;        // [batch] {first partial result, number of them}
-  u16* out;               // bf16 [batch*SQ, HEADS, 512], of sequences that one team has alone
-  float* part_o;          // f32 [batch + teams, SQ, HEADS, 512], normalised: the others
-  float* part_lse;        // f32 [batch + teams, SQ, HEADS], base 2
-  int max_blocks;
-  float scale;
-};
 
 // ---- wgmma ----
 
@@ -130,12 +101,6 @@ DEVICE void settle(float (&d)[128]) {
   asm volatile("" : ACC32(d, 0), ACC32(d, 32), ACC32(d, 64), ACC32(d, 96)::"memory");
 }
 
-// Matrix descriptors, 128-byte swizzle. K-major: 8-row groups 1024 bytes apart.
-// MN-major: 64-column panels 8 KiB apart, groups of 8 k 1024 bytes apart.
-#define DESC_K ((1ull << 62) | (64ull << 32) | (1ull << 16))
-#define DESC_MN ((1ull << 62) | (64ull << 32) | ((u64)(PANEL / 16) << 16))
-DEVICE u64 desc(u64 kind, u32 addr) { return kind | (u64)(addr >> 4); }
-
 // ---- synchronisation ----
 
 DEVICE bool mbar_test(u32 bar, u32 parity) {
@@ -158,40 +123,11 @@ DEVICE void stmatrix4(u32 addr, const u32* r) {
                : "memory");
 }
 
-// ---- a team's work: the blocks of its run, a sequence at a time ----
-
-struct Segment {
-  int batch, begin, end; // blocks [begin, end) of sequence batch
-  int len;               // its tokens
-};
-struct Work {
-  int batch, block, left, len; // len 0: not known yet
-};
-DEVICE Work team_work(const AbsorbParams& p, int team) {
-  int4 t = p.team[team];
-  return Work{t.x, t.y, t.z, t.w};
-}
-DEVICE bool next_segment(const AbsorbParams& p, Work& w, Segment& s) {
-  if (w.left <= 0) return false;
-  while (true) {
-    s.len = w.len > 0 ? w.len : p.lens[w.batch];
-    if (ceil_div(s.len, BLOCK) > w.block) break;
-    w.batch++, w.block = 0;
-  }
-  s.batch = w.batch, s.begin = w.block, s.end = min(ceil_div(s.len, BLOCK), w.block + w.left);
-  w.left -= s.end - s.begin;
-  w.batch++, w.block = 0, w.len = 0;
-  return true;
-}
-
 // ---- producer warp ----
 
 // The order in which the panels of a block of warpgroup w are loaded and used: w's
 // own half of V, which is freed first, the other half, the rope.
 DEVICE u32 panel_at(u32 w, int i) { return i == 8 ? 8 : 4 * (i < 4 ? w : w ^ 1) + (i & 3); }
-
-// What stands in for slots past the end, which may hold NaN: 0 * NaN is NaN.
-__device__ __align__(128) u8 absorb_zeros[PANEL];
 
 // One block, of which `valid` slots are filled, into its buffer; each half as soon as its last reader is done.
 DEVICE void load_block(u32 smem, u32 g, const u16* block, int valid, u64 policy) {

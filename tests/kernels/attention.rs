@@ -206,6 +206,8 @@ fn latent_attention_and_the_absorbing_products() {
         ((10, 2, 0, 5, 192, 64, 256, 512), false),
         ((48, 3, 0, 16, 128, 64, 128, 512), true),
         ((6, 1, 0, 6, 40, 24, 56, 96), false),
+        ((4, 2, 3, 4, 128, 64, 128, 512), true),
+        ((32, 2, 0, 16, 128, 64, 128, 512), false),
     ];
     for (dims, interleave) in cases(dims, &[2, 3, 4]) {
         let s = shape(dims);

@@ -464,7 +464,10 @@ pub fn decode_source(
     if latent {
         let mut constants = vec![("HEADS", int(shape.heads)), ("SQ", int(rows))];
         if hopper && (shape.latent, shape.rope) == (512, 64) {
-            return (&source::ABSORB_DECODE, "absorb_decode", constants);
+            return match shape.heads * rows {
+                ..=32 => (&source::ABSORB_DECODE_FEW, "absorb_decode_few", constants),
+                _ => (&source::ABSORB_DECODE, "absorb_decode", constants),
+            };
         }
         constants.extend([("DC", int(shape.latent)), ("DR", int(shape.rope))]);
         return (&source::ABSORB_DECODE_PORTABLE, "absorb_decode_portable", constants);
@@ -519,6 +522,7 @@ fn decode_kernel(
             shape.groups / each
         }
         source::GQA_DECODE_PORTABLE => shape.groups * tiles,
+        source::ABSORB_DECODE_FEW => 1,
         _ => tiles,
     };
     let on_one = if source.hopper { 1 } else { kernels.occupancy(function, threads, shared)?.min(4) };

@@ -56,7 +56,9 @@ pub mod source {
         /// Grouped decode attention elsewhere.
         GQA_DECODE_PORTABLE = "gqa_decode_portable" exports "THREADS" "PORTABLE_SMEM" "ROW_TILES";
         /// Latent decode attention on Hopper.
-        ABSORB_DECODE = "absorb_decode" exports "THREADS" "SMEM_BYTES" "ROW_TILES" on hopper;
+        ABSORB_DECODE = "absorb_decode" after "absorb_work" exports "THREADS" "SMEM_BYTES" "ROW_TILES" on hopper;
+        /// Latent decode attention of few query rows on Hopper.
+        ABSORB_DECODE_FEW = "absorb_decode_few" after "absorb_work" exports "FEW_THREADS" "FEW_SMEM" on hopper;
         /// Latent decode attention elsewhere.
         ABSORB_DECODE_PORTABLE = "absorb_decode_portable" exports "THREADS" "SMEM_BYTES" "ROW_TILES";
         /// The work split of grouped decode attention.
