@@ -50,6 +50,8 @@ fn batches(random: &mut Random) -> Vec<Batch> {
         let few = [&[(1, 1), (1, 129)][..], &[(2, 65)], &[(3, 66)], &[(4, 70)], &[(20, 84), (1, 5)], &many];
         return few.map(|spans| random.batch(spans)).into();
     }
+    // On 132 multiprocessors two groups' 66 teams take these whole.
+    let alike: Vec<_> = (0..64).map(|i| (1, 65 + 2 * (i % 32))).collect();
     let rows = 1 + random.below(4);
     let ragged: Vec<_> = (0..9).map(|_| (rows, rows + random.below(200))).collect();
     [
@@ -61,6 +63,7 @@ fn batches(random: &mut Random) -> Vec<Batch> {
         &[(37, 37), (130, 130), (65, 193)],
         &[(1, 300), (1, 5), (20, 84), (2, 70), (100, 100), (1, 1)],
         &many,
+        &alike,
     ]
     .map(|spans| random.batch(spans))
     .into()
