@@ -5,6 +5,7 @@
 //
 // -D ROWS   rows of x at most: 1, 2, 4, 8 or 16
 //    OUT_F32 1 for f32 output (logits), default 0: bf16
+//    PAIR    1: only gemv_pair. Default 0: all but it
 //    TILE_ROWS, STEP, RING, LOADERS  tiling, defaults below
 // gemv, gemv_gated: grid number of multiprocessors; block GEMV_THREADS = 288 + 32 * LOADERS = 384; dynamic shared memory
 //   GEMV_SMEM (the global int `gemv_shared_bytes` of the module)
@@ -12,9 +13,13 @@
 // gemv_any: any k, any alignment: grid ceil(n / 8); block 256; no shared memory
 //
 // gemv_gated: w [2 * n, k], gate rows first; out [rows, n] = silu(gate) * up.
+// gemv_pair:  two products of as many rows, each by CTAs of its own: as gemv
 
 #ifndef OUT_F32
 #define OUT_F32 0
+#endif
+#ifndef PAIR
+#define PAIR 0
 #endif
 #ifndef TILE_ROWS
 #define TILE_ROWS (ROWS <= 4 ? 16 : 32)
@@ -64,9 +69,9 @@ struct GemvWork {
   static constexpr int COLUMNS = GATED ? TILE_ROWS / 2 : TILE_ROWS;
   const Gemv& a;
   int n, next_n, end;  // columns [n, next_n) are this pass
-  DEVICE_MEMBER GemvWork(const Gemv& args) : a(args) {
-    n = next_n = (int)((i64)a.n * blockIdx.x / gridDim.x);
-    end = (int)((i64)a.n * (blockIdx.x + 1) / gridDim.x);
+  DEVICE_MEMBER GemvWork(const Gemv& args, u32 cta, u32 ctas) : a(args) {
+    n = next_n = (int)((i64)a.n * cta / ctas);
+    end = (int)((i64)a.n * (cta + 1) / ctas);
   }
   DEVICE_MEMBER bool next() {
     n = next_n;
@@ -84,11 +89,12 @@ struct GemvWork {
   DEVICE_MEMBER const u16* x_row(int t) const { return a.x + (size_t)t * a.x_stride; }
 };
 
+// CTA `cta` of `ctas` that share the product.
 template <bool GATED>
-DEVICE void gemv_body(const Gemv& a) {
+DEVICE void gemv_body(const Gemv& a, u32 cta, u32 ctas) {
   extern __shared__ __align__(128) u8 gemv_shared[];
   const u32 base = smem_addr(gemv_shared);
-  const GemvWork<GATED> work(a);
+  const GemvWork<GATED> work(a, cta, ctas);
   Engine::init(base);
   grid_launch_dependents();
   if (threadIdx.x >= Engine::COMPUTE) {
@@ -113,8 +119,15 @@ DEVICE void gemv_body(const Gemv& a) {
   });
 }
 
-extern "C" __global__ void __launch_bounds__(Engine::THREADS) gemv(const Gemv a) { gemv_body<false>(a); }
-extern "C" __global__ void __launch_bounds__(Engine::THREADS) gemv_gated(const Gemv a) { gemv_body<true>(a); }
+#if PAIR
+// The first `ctas` CTAs have product a.
+extern "C" __global__ void __launch_bounds__(Engine::THREADS) gemv_pair(const Gemv a, const Gemv b, const u32 ctas) {
+  if (blockIdx.x < ctas) gemv_body<false>(a, blockIdx.x, ctas);
+  else gemv_body<false>(b, blockIdx.x - ctas, gridDim.x - ctas);
+}
+#else
+extern "C" __global__ void __launch_bounds__(Engine::THREADS) gemv(const Gemv a) { gemv_body<false>(a, blockIdx.x, gridDim.x); }
+extern "C" __global__ void __launch_bounds__(Engine::THREADS) gemv_gated(const Gemv a) { gemv_body<true>(a, blockIdx.x, gridDim.x); }
 
 // A warp computes one column of the output.
 extern "C" __global__ void __launch_bounds__(256) gemv_any(const Gemv a) {
@@ -138,3 +151,4 @@ extern "C" __global__ void __launch_bounds__(256) gemv_any(const Gemv a) {
     if (lane == 0 && t < a.rows) put(a.out + (size_t)t * a.out_stride + col, a.bias ? v + a.bias[col] : v);
   }
 }
+#endif

@@ -16,7 +16,9 @@
 //             and COLUMNS a multiple of 8 SPLIT. Default 1
 //    GATED    1: w [2 * n, k], gate rows first; out = silu(gate) * up. Default 0
 //    OUT_F32  1 for f32 output (logits). Default 0: bf16
+//    PAIR     1: stream_pair in place of stream_product: two products of as many rows, each by CTAs of its own. Default 0
 // stream_product: grid SPLIT * ceil(n / (COLUMNS * PASSES)); block STREAM_THREADS; dynamic shared memory STREAM_SMEM
+// stream_pair:    the same with SPLIT 1, the products' grids one after the other
 // k % 8 == 0; w, x and the strides at 16 bytes.
 
 #ifndef GATED
@@ -27,6 +29,9 @@
 #endif
 #ifndef SPLIT
 #define SPLIT 1
+#endif
+#ifndef PAIR
+#define PAIR 0
 #endif
 
 struct alignas(64) TensorMap {
@@ -125,17 +130,17 @@ DEVICE void settle(float (&sums)[CHAINS][SUMS]) {
 // This CTA's part of the reduction, in stages.
 struct Part {
   int cluster, rank, first, stages;
-  DEVICE_MEMBER Part(int k) {
+  DEVICE_MEMBER Part(int k, int cta) {
     const int all = ceil_div(k, PANEL * PANELS);
-    cluster = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT;
+    cluster = cta / SPLIT, rank = cta % SPLIT;
     first = all * rank / SPLIT, stages = all * (rank + 1) / SPLIT - first;
   }
 };
 
 // The thread that loads. A stage holds x's panels, then W's.
-DEVICE void load(const TensorMap& w, const TensorMap& x, const StreamProduct& a, u32 base, u32 full, u32 empty) {
+DEVICE void load(const TensorMap& w, const TensorMap& x, const StreamProduct& a, const Part& part, u32 base, u32 full,
+                 u32 empty) {
   const u64 once = l2_evict_first(), often = l2_evict_last();
-  const Part part(a.k);
   const int all = part.stages * PASSES;
   auto column = [&](int n) { return (part.first + n % part.stages) * PANEL * PANELS; };
   auto weights = [&](int n) {
@@ -238,8 +243,7 @@ DEVICE void exchange(const float (&d)[SUMS], float (&sum)[SLICE * 4], const u8* 
   }
 }
 
-DEVICE void compute(const StreamProduct& a, u32 base, u32 full, u32 empty, const u8* parts) {
-  const Part part(a.k);
+DEVICE void compute(const StreamProduct& a, const Part& part, u32 base, u32 full, u32 empty, const u8* parts) {
   const int lane = threadIdx.x % 32;
   int n = 0;
   auto release = [&](int stage) {
@@ -282,17 +286,9 @@ DEVICE void compute(const StreamProduct& a, u32 base, u32 full, u32 empty, const
     }
   }
 }
-#endif
 
-#if SPLIT > 1
-#define IN_CLUSTERS __cluster_dims__(SPLIT, 1, 1)
-#else
-#define IN_CLUSTERS
-#endif
-
-extern "C" __global__ void IN_CLUSTERS __launch_bounds__(STREAM_THREADS, 1)
-    stream_product(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const StreamProduct a) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+// CTA `cta` of a product's grid.
+DEVICE void product(const TensorMap& w, const TensorMap& x, const StreamProduct& a, int cta) {
   extern __shared__ __align__(1024) u8 stream_shared[];
   __shared__ u64 bars[2 * STAGES];
   const u32 base = (smem_addr(stream_shared) + 1023) / 1024 * 1024;
@@ -307,12 +303,40 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(STREAM_THREADS, 1)
   __syncthreads();
   if (SPLIT > 1) cluster_arrive();
   grid_launch_dependents();
+  const Part part(a.k, cta);
   if (threadIdx.x < 128) {
-    compute(a, base, full, empty, stream_shared + (base - smem_addr(stream_shared)) + STAGES * STAGE_BYTES);
+    compute(a, part, base, full, empty, stream_shared + (base - smem_addr(stream_shared)) + STAGES * STAGE_BYTES);
   } else {
-    if (threadIdx.x == 128) load(w, x, a, base, full, empty);
+    if (threadIdx.x == 128) load(w, x, a, part, base, full, empty);
     __syncwarp();
     if (SPLIT > 1) cluster_wait();
   }
+}
+#endif
+
+#if SPLIT > 1
+#define IN_CLUSTERS __cluster_dims__(SPLIT, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
+
+#if PAIR
+// The first `ctas` CTAs have the first product.
+extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)
+    stream_pair(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const StreamProduct a,
+                const __grid_constant__ TensorMap w2, const __grid_constant__ TensorMap x2, const StreamProduct a2,
+                const int ctas) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+  const int cta = blockIdx.x;
+  if (cta < ctas) product(w, x, a, cta);
+  else product(w2, x2, a2, cta - ctas);
 #endif
 }
+#else
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(STREAM_THREADS, 1)
+    stream_product(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const StreamProduct a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+  product(w, x, a, blockIdx.x);
+#endif
+}
+#endif

@@ -93,6 +93,16 @@ pub struct Normed<'a, B: Backend> {
     pub out: &'a mut B::Tensor,
 }
 
+/// A product of its own input: `out = x·weightᵀ`.
+pub struct Linear<'a, B: Backend> {
+    /// `[out, x.width]`
+    pub weight: &'a B::Matrix,
+    /// What is multiplied.
+    pub x: View<'a, B::Tensor>,
+    /// `[rows, out]`
+    pub out: &'a mut B::Tensor,
+}
+
 /// How the reduction of a product is split over the ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reduction {
@@ -293,6 +303,11 @@ pub trait Backend: Send + Sized {
         x: View<Self::Tensor>,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// Two products of which neither needs the other, in one launch where that is faster.
+    fn linear_pair(&self, first: Linear<Self>, second: Linear<Self>) -> Result<()> {
+        self.linear(first.weight, None, first.x, first.out)?;
+        self.linear(second.weight, None, second.x, second.out)
+    }
     /// GQA path. The norms of the latent and, where there is one, of the query latent.
     fn norm_latents(&self, latent: Normed<Self>, q: Option<Normed<Self>>, eps: f32) -> Result<()>;
     /// GQA path. Rotates queries into `q_out` and appends keys, values and the rope key to the cache.

@@ -6,7 +6,7 @@ pub mod rope;
 pub mod shard;
 pub mod weights;
 
-use crate::backend::{AttentionShape, Backend, Batch, Normed, View};
+use crate::backend::{AttentionShape, Backend, Batch, Linear, Normed, View};
 use crate::cache::Layout;
 use crate::checkpoint::Checkpoint;
 use crate::config::{Attention, ModelConfig};
@@ -252,16 +252,18 @@ impl<B: Backend> Model<B> {
                 if q_norm.is_some() {
                     q_latent = View::new(&a.q_latent, 0, rank);
                 }
-                let q = match &w.query {
-                    None => View::new(&a.down, 0, q_width),
-                    Some((_, up)) => {
-                        b.linear(up, None, q_latent, &mut a.q)?;
-                        View::new(&a.q, 0, q_width)
+                match (self.owned.path, &w.query) {
+                    (Path::Gqa, Some((_, up))) => {
+                        let q = Linear { weight: up, x: q_latent, out: &mut a.q };
+                        b.linear_pair(q, Linear { weight: &w.kv_up, x: latent, out: &mut a.kv })?;
                     }
-                };
+                    (Path::Gqa, None) => b.linear(&w.kv_up, None, latent, &mut a.kv)?,
+                    (Path::Absorb, Some((_, up))) => b.linear(up, None, q_latent, &mut a.q)?,
+                    (Path::Absorb, None) => {}
+                }
+                let q = View::new(if w.query.is_some() { &a.q } else { &a.down }, 0, q_width);
                 match self.owned.path {
                     Path::Gqa => {
-                        b.linear(&w.kv_up, None, latent, &mut a.kv)?;
                         let kv = View::new(&a.kv, 0, s.groups * (s.nope + s.value));
                         b.append_attend_grouped(s, rope, q, kv, Some(k_rope), &mut a.q_turned, cache, &mut a.o)?;
                     }

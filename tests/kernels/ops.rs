@@ -1,7 +1,7 @@
 //! Operations that look at one row, products, routing, the head.
 
 use gqla::backend::cpu::HostRows;
-use gqla::backend::{Backend, Draw, Normed, Reduction, View};
+use gqla::backend::{Backend, Draw, Linear, Normed, Reduction, View};
 use gqla::checkpoint::Checkpoint;
 use gqla::config::{Moe, Scoring};
 
@@ -92,6 +92,32 @@ fn products_of_any_number_of_rows() {
                 p.cpu.linear(&wc, bc, View::new(&xc, first, depth), &mut oc).unwrap();
                 p.same(&format!("[{outs}, {depth}] of {n} rows from {first}"), (&og, &oc), n, BOUND);
             }
+        }
+    }
+}
+
+#[test]
+fn two_products_in_one_launch() {
+    let Some(mut p) = pair() else { return };
+    let shapes =
+        vec![[(2560, 768), (896, 512)], [(64, 64), (1000, 1344)], [(257, 96), (72, 48)], [(9000, 1536), (40, 512)]];
+    for [(outs, depth), (more, deep)] in cases(shapes, &[1, 2]) {
+        let weights = [p.random.floats(outs * depth), p.random.floats(more * deep)];
+        let ((ag, ac), (bg, bc)) = (p.matrices(&weights[0], depth), p.matrices(&weights[1], deep));
+        for n in cases(vec![1, 3, 8, 9, 16, 24, 64, 65], &[0, 2, 5]) {
+            let batch = p.random.batch(&[(n, n)]);
+            p.begin(&batch);
+            // Both read the same tensor, side by side.
+            let x = p.random.floats(n * (depth + deep));
+            let (xg, xc) = p.tensors(&x, depth + deep);
+            let ((mut og, mut oc), (mut qg, mut qc)) = (p.outputs(n, outs), p.outputs(n, more));
+            let first = Linear { weight: &ag, x: View::new(&xg, 0, depth), out: &mut og };
+            let second = Linear { weight: &bg, x: View::new(&xg, depth, deep), out: &mut qg };
+            p.gpu.linear_pair(first, second).unwrap();
+            p.cpu.linear(&ac, None, View::new(&xc, 0, depth), &mut oc).unwrap();
+            p.cpu.linear(&bc, None, View::new(&xc, depth, deep), &mut qc).unwrap();
+            p.same(&format!("[{outs}, {depth}] of {n} rows beside [{more}, {deep}]"), (&og, &oc), n, BOUND);
+            p.same(&format!("[{more}, {deep}] of {n} rows beside it"), (&qg, &qc), n, BOUND);
         }
     }
 }

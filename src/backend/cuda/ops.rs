@@ -15,7 +15,7 @@ use super::sums::Added;
 use super::{
     Cache, CudaBackend, Experts, Matrix, Operand, RopeTable, Routing, Tensor, Vector, address, cache_bytes, expect,
 };
-use crate::backend::{AttentionShape, Backend, Batch, Budget, ExpertSlices, Normed, Rates, Reduction, View};
+use crate::backend::{AttentionShape, Backend, Batch, Budget, ExpertSlices, Linear, Normed, Rates, Reduction, View};
 use crate::cache::{BLOCK, Layout};
 use crate::checkpoint::Slice;
 use crate::comm::Communicator;
@@ -450,6 +450,19 @@ impl Backend for CudaBackend {
         })?;
         let x = Operand { at: address(&x), stride: x.tensor.cols };
         self.product(weight, bias, x, self.rows(), Operand { at: out.at(), stride: out.cols }, false)
+    }
+
+    fn linear_pair(&self, first: Linear<Self>, second: Linear<Self>) -> Result<()> {
+        for l in [&first, &second] {
+            expect(l.x.width == l.weight.cols && l.weight.rows <= l.out.cols, || {
+                format!("a [{}, {}] product of {} columns", l.weight.rows, l.weight.cols, l.x.width)
+            })?;
+        }
+        if self.product_pair([&first, &second], self.rows())? {
+            return Ok(());
+        }
+        self.linear(first.weight, None, first.x, first.out)?;
+        self.linear(second.weight, None, second.x, second.out)
     }
 
     fn norm_latents(&self, latent: Normed<Self>, q: Option<Normed<Self>>, eps: f32) -> Result<()> {

@@ -51,7 +51,34 @@ impl Cut {
         let gates = 1 + usize::from(gated);
         let taken = 2.0 * ((self.columns * gates + rows) * self.passes * k / self.split) as f64;
         let read = 2.0 * (n * gates * k) as f64;
-        (taken / 76e9).max(read / 4.2e12) + [0.0, 1e-6, 1.5e-6][self.split / 2]
+        (taken / TAKEN).max(read / READ) + [0.0, 1e-6, 1.5e-6][self.split / 2]
+    }
+}
+
+/// What a multiprocessor takes in, and what memory gives, in bytes a second.
+const TAKEN: f64 = 76e9;
+const READ: f64 = 4.2e12;
+
+/// How two products in one launch are shared out: each has CTAs of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pair {
+    /// Output columns of a CTA, a multiple of 8.
+    pub columns: usize,
+    /// Each product's CTAs.
+    pub grids: [usize; 2],
+}
+
+impl Pair {
+    /// `rows` rows by `n` output columns over a reduction of `k`, twice; `None` where two launches take less.
+    pub fn of(shapes: [(usize, usize); 2], rows: usize, multiprocessors: usize) -> Option<Pair> {
+        let grids = |columns: usize| shapes.map(|(n, _)| n.div_ceil(columns));
+        let columns = (8..=256).step_by(8).find(|&c| grids(c).iter().sum::<usize>() <= multiprocessors)?;
+        let taken = shapes.map(|(_, k)| 2.0 * ((columns + rows) * k) as f64 / TAKEN);
+        let read = shapes.map(|(n, k)| 2.0 * (n * k) as f64).iter().sum::<f64>() / READ;
+        let apart = shapes.map(|(n, k)| Cut::of(n, k, rows, false, multiprocessors).seconds(n, k, rows, false));
+        let joint = taken[0].max(taken[1]).max(read);
+        // A launch of its own costs some two microseconds.
+        (joint < apart[0] + apart[1] + 2e-6).then_some(Pair { columns, grids: grids(columns) })
     }
 }
 
@@ -96,7 +123,7 @@ impl TensorMap {
 
 #[cfg(test)]
 mod tests {
-    use super::Cut;
+    use super::{Cut, Pair};
 
     #[test]
     fn every_column_has_one_cluster_and_a_pass_fits_wgmma() {
@@ -116,6 +143,20 @@ mod tests {
                 assert!(c.split == 1 || (c.passes == 1 && k / 256 >= c.split), "{n}, {k}: {c:?}");
             }
         }
+    }
+
+    #[test]
+    fn two_products_have_a_cta_for_every_column_and_no_more_than_the_card() {
+        let glm = Pair::of([(2560, 768), (896, 512)], 64, 132);
+        assert_eq!(glm, Some(Pair { columns: 32, grids: [80, 28] }));
+        for shapes in [[(2560, 768), (896, 512)], [(1000, 1536), (64, 64)], [(24576, 1536), (2048, 512)]] {
+            for (rows, sms) in [(16, 132), (64, 132), (64, 40), (64, 1)] {
+                let Some(Pair { columns, grids }) = Pair::of(shapes, rows, sms) else { continue };
+                assert!(columns.is_multiple_of(8) && columns <= 256 && grids.iter().sum::<usize>() <= sms);
+                assert!(shapes.iter().zip(grids).all(|((n, _), g)| g * columns >= *n && (g - 1) * columns < *n));
+            }
+        }
+        assert_eq!(Pair::of([(131_072, 512), (64, 64)], 64, 132), None, "wgmma has 256 columns");
     }
 
     #[test]
