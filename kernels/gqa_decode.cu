@@ -110,10 +110,6 @@ DEVICE int first_mended(int len) { return (APPEND ? len - SQ : len) / BLOCK; }
 
 // ---- the warp that loads ----
 
-DEVICE void mbar_arrive_for(u32 bar, u32 count) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-
 DEVICE void produce(const GqaDecode& a, u32 stages, u32 full, u32 empty, u32 landed) {
   const int lane = threadIdx.x % 32;
   const int row_groups = a.groups / NG;

@@ -15,13 +15,11 @@
 // kernel that leaves so has written is worthless.
 //
 // Text after norm.cu, whose constants it takes. WIDTH is a multiple of 8.
-// -D FRESH  1: the sum is the residual's beginning, and x only written; default 0
+// -D BEGINS  1: the sum is the residual's beginning, and x only written; default 0
 // one_shot_add_norm: grid rows (at most max_rows); block NORM_THREADS
 
-#define MAX_WORLD 8
-#define POLLS 4096
-#ifndef FRESH
-#define FRESH 0
+#ifndef BEGINS
+#define BEGINS 0
 #endif
 
 struct OneShot {
@@ -111,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) one_shot_add_norm(con
     for (int k = 0; k < VEC; k++) v[i][k] = 0.f;
     if (col >= WIDTH) continue;
     float residual[VEC];
-    if (!FRESH) load_values(a.x + row * WIDTH + col, residual);
+    if (!BEGINS) load_values(a.x + row * WIDTH + col, residual);
     for (int from = 0; from < a.world; from++) {
       uint4 q = mine[i];
       if (from != a.rank) {
@@ -126,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) one_shot_add_norm(con
       for (int k = 0; k < VEC; k++) v[i][k] += k & 1 ? bf16_hi(words[k / 2]) : bf16_lo(words[k / 2]);
     }
 #pragma unroll
-    for (int k = 0; k < VEC && !FRESH; k++) v[i][k] += residual[k];
+    for (int k = 0; k < VEC && !BEGINS; k++) v[i][k] += residual[k];
     if (a.bias) {
       load_values(a.bias + col, residual);
 #pragma unroll

@@ -76,8 +76,7 @@ __shared__ float room[ROUTE_ROWS][EXPERTS];
 __shared__ int chosen[ROUTE_ROWS * TOP_K];  // this CTA's ids
 DEVICE void keep_logit(const Route& a, int first, int r, int expert, float value) {
 #if CLUSTERS
-  u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(there) : "r"(smem_addr(&room[r][expert])));
+  const u32 there = cluster_addr(smem_addr(&room[r][expert]), 0);
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
 #else
   a.logits[(size_t)(first + r) * EXPERTS + expert] = value;

@@ -62,7 +62,7 @@ fn all(hopper: bool) -> BTreeSet<(&'static str, Constants)> {
         add(&source::NORM, vec![("WIDTH", width)]);
         add(&source::NORM, vec![("WIDTH", width), ("X_BF16", 1)]);
         add(&source::ONE_SHOT, vec![("WIDTH", width)]);
-        add(&source::ONE_SHOT, vec![("WIDTH", width), ("FRESH", 1)]);
+        add(&source::ONE_SHOT, vec![("WIDTH", width), ("BEGINS", 1)]);
         for (results, top_k) in [(5, 4), (9, 8), (8, 8)] {
             let results = [("RESULTS", results), ("TOP_K", top_k)];
             add(&source::NORM, [&[("WIDTH", width)], &results[..]].concat());

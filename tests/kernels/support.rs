@@ -91,7 +91,7 @@ pub fn cases<T>(all: Vec<T>, few: &[usize]) -> Vec<T> {
 
 /// Options of the tests' backends.
 pub fn options() -> CudaOptions {
-    CudaOptions { max_rows: 700, max_sequences: 24, max_context: 4096, ..CudaOptions::default() }
+    CudaOptions { max_rows: 700, max_sequences: 64, max_context: 4096, ..CudaOptions::default() }
 }
 
 /// A GPU and a CPU backend, or nothing (said on stderr) where there is no GPU.

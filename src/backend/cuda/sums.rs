@@ -59,7 +59,7 @@ impl CudaBackend {
         let (partial, serial) = match added {
             Added::Tensor(tensor) => (Partial([tensor.at(), 0, 0, 0]), false),
             Added::Beginning(tensor) => {
-                constants.push(("FRESH", 1));
+                constants.push(("BEGINS", 1));
                 (Partial([tensor.at(), 0, 0, 0]), false)
             }
             Added::Experts(r) => {
