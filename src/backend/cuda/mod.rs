@@ -3,12 +3,15 @@
 //! Nothing of CUDA is needed to build it: driver, NVRTC, cuBLASLt and NCCL are opened at run time
 //! ([`library`]). Activations are bf16, the residual stream and all sums f32.
 
+mod access;
 mod attention;
+mod choice;
 pub(crate) mod context;
 mod expand;
 mod experts;
 mod graph;
 pub mod kernels;
+mod latents;
 pub(crate) mod library;
 mod load;
 mod matmul;
@@ -29,9 +32,9 @@ use std::time::{Duration, Instant};
 pub use attention::{append_constants, combines_output, decode_source, expanded_constants, prefill_constants};
 pub use context::{Gpu, GpuInfo, Memory, available};
 pub use experts::{Experts, Routing, expert_constants, route_constants};
+pub use latents::{absorb_constants, latent_constants};
 pub use load::{Matrix, Vector};
 pub use memory::predict;
-pub use ops::{absorb_constants, latent_constants};
 pub use stream::Cut;
 
 use self::attention::Attention;

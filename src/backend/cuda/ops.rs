@@ -5,7 +5,7 @@ use std::time::Duration;
 use rayon::prelude::*;
 
 use super::attention::{Form, Fresh};
-use super::context::{Memory, Pinned, bytes_of, bytes_of_mut};
+use super::context::{Memory, Pinned, bytes_of};
 use super::experts::Results;
 use super::graph::{self, Graph};
 use super::kernels::{Launch, arguments, source};
@@ -20,7 +20,6 @@ use crate::cache::{BLOCK, Layout};
 use crate::checkpoint::Slice;
 use crate::comm::Communicator;
 use crate::comm::nccl::Element;
-use crate::comm::one_shot::{MAX_WORLD, OneShot, TOKEN_ROWS};
 use crate::config::{ModelConfig, Moe, Rope};
 use crate::error::{Error, Result};
 use crate::model::shard::Owned;
@@ -35,29 +34,6 @@ struct SelectRows(u64, u64, u64, i32);
 #[repr(C)]
 struct SiluMul(u64, u64, i32, i32, i32);
 #[repr(C)]
-struct Choose {
-    logits: u64,
-    keys: u64,
-    temperatures: u64,
-    parts: u64,
-    best: u64,
-    gathered: u64,
-    tokens: u64,
-    host: u64,
-    side: u64,
-    calls: u64,
-    stop: u64,
-    slots: [u64; MAX_WORLD],
-    vocab: i32,
-    first: i32,
-    rank: i32,
-    world: i32,
-    slot_rows: i32,
-    host_rows: i32,
-}
-#[repr(C)]
-struct AbsorbProduct([u64; 6], [i32; 5]);
-#[repr(C)]
 struct AppendGrouped {
     inputs: [u64; 10],
     strides: [i32; 3],
@@ -65,98 +41,9 @@ struct AppendGrouped {
     groups: i32,
     max_blocks: i32,
 }
-#[repr(C)]
-struct Latents {
-    tensors: [u64; 7],
-    step: [u64; 6],
-    strides: [i32; 5],
-    max_blocks: i32,
-    eps: f32,
-}
-
 impl CudaBackend {
     pub(super) fn rows(&self) -> usize {
         self.inputs.rows
-    }
-
-    /// `absorb_query`, which needs the angles, or `absorb_output`, into `columns` columns a head.
-    fn absorb(
-        &self,
-        entry: &'static str,
-        shape: &AttentionShape,
-        rope: Option<&RopeTable>,
-        kv_up: &Matrix,
-        x: Operand,
-        out: &Tensor,
-        columns: usize,
-    ) -> Result<()> {
-        for rows in self.inputs.rows_of(|rows, context| !shape.expands(rows, context)) {
-            let pairs = rows.len() * shape.heads.min(shape.heads_per_group);
-            let tile = product_tile(pairs * shape.groups, rope.is_some());
-            let constants = absorb_constants(shape, rope.is_some_and(|r| r.interleave), tile);
-            let f = self.kernels.get(&source::ABSORB_PRODUCT, entry, &constants)?;
-            let (cos, sin) = rope.map_or((0, 0), |r| (r.cos.at(), r.sin.at()));
-            let from = |at: u64, bytes: usize| at + (rows.start * bytes) as u64;
-            let (x_at, out_at) = (from(x.at, 2 * x.stride), from(out.at(), 2 * out.cols));
-            let positions = from(self.inputs.positions(), 4);
-            let a = AbsorbProduct(
-                [kv_up.memory.at(), x_at, out_at, cos, sin, positions],
-                [x.stride, rows.len(), shape.heads, shape.heads_per_group, shape.first_head_in_group].map(|n| n as i32),
-            );
-            let [query, output, _] = f.exports();
-            let shared = if rope.is_some() { query } else { output };
-            let grid = (columns.div_ceil(64), pairs.div_ceil(tile), shape.groups);
-            self.kernels.launch(f, Launch { grid, block: 128, shared, ..Launch::default() }, arguments![a])?;
-        }
-        Ok(())
-    }
-
-    /// The norms of both latents, and where `append` has them the cache and what else goes there.
-    fn latents(
-        &self,
-        (latent, weight): (View<Tensor>, Option<&Vector>),
-        out: Option<&Tensor>,
-        q: Option<Normed<Self>>,
-        eps: f32,
-        append: Option<(&RopeTable, View<Tensor>, &Cache)>,
-    ) -> Result<()> {
-        let normed = |x: &View<Tensor>, w: &Vector, out: &Tensor| x.width == w.len && out.cols >= x.width;
-        let widths = || format!("norms of latents of {} columns and another", latent.width);
-        expect(out.is_none_or(|out| weight.is_some_and(|w| normed(&latent, w, out))), widths)?;
-        expect(q.as_ref().is_none_or(|q| normed(&q.x, q.weight, q.out)), widths)?;
-        expect(weight.is_none_or(|w| w.len == latent.width), widths)?;
-        let q_width = q.as_ref().map_or(0, |q| q.x.width);
-        let (rope, k_rope, cache) = match append {
-            Some((rope, key, cache)) => (Some(rope), Some(key), Some(cache)),
-            None => (None, None, None),
-        };
-        let k_rope_width = k_rope.as_ref().map_or(0, |k| k.width);
-        let constants = latent_constants(q_width, latent.width, k_rope_width, rope.is_some_and(|r| r.interleave));
-        let entry = if append.is_some() { "append_latent" } else { "norm_latents" };
-        let f = self.kernels.get(&source::APPEND_LATENT, entry, &constants)?;
-        let weight = weight.map_or(0, |w| w.memory.at());
-        let (key, key_stride) = k_rope.map_or((0, 0), |k| (address(&k), k.tensor.cols));
-        let (q_x, q_x_stride) = q.as_ref().map_or((0, 0), |q| (address(&q.x), q.x.tensor.cols));
-        let (q_out, q_stride) = q.as_ref().map_or((0, 0), |q| (q.out.at(), q.out.cols));
-        let q_weight = q.as_ref().map_or(0, |q| q.weight.memory.at());
-        let a = Latents {
-            tensors: [address(&latent), key, q_x, weight, q_weight, out.map_or(0, Tensor::at), q_out],
-            step: [
-                rope.map_or(0, |r| r.cos.at()),
-                rope.map_or(0, |r| r.sin.at()),
-                self.inputs.positions(),
-                self.inputs.row_seq(),
-                self.inputs.tables(0),
-                cache.map_or(0, |c| c.memory.at()),
-            ],
-            strides: [latent.tensor.cols, key_stride, q_x_stride, out.map_or(0, |o| o.cols), q_stride]
-                .map(|n| n as i32),
-            max_blocks: self.inputs.max_blocks as i32,
-            eps,
-        };
-        let parts = 1 + usize::from(append.is_some()) + usize::from(q.is_some());
-        let launch = Launch { grid: (self.rows(), parts, 1), block: f.exports()[0], ..Launch::default() };
-        self.kernels.launch(f, launch, arguments![a])
     }
 
     /// The products of the chosen experts, not summed.
@@ -182,48 +69,6 @@ impl CudaBackend {
         })
     }
 
-    /// Chooses a token for each output row of `logits` `[outputs, vocab]`, whose first column is token `first`.
-    fn choose(&self, logits: u64, vocab: usize, first: usize) -> Result<()> {
-        let outputs = self.inputs.outputs;
-        expect(outputs <= self.tokens.rows(), || format!("{outputs} tokens of a step"))?;
-        let parts = self.kernels.get(&source::CHOOSE, "choose_parts", &[])?;
-        let [each, ..] = parts.exports();
-        let pushed = self.one_shot.as_ref().filter(|_| self.overlaps() && outputs <= TOKEN_ROWS);
-        let (slots, calls) = pushed.map_or(([0; MAX_WORLD], 0), OneShot::tokens);
-        let alone = self.comm.world() == 1;
-        let mut workspace = self.tokens.parts.borrow_mut();
-        let tokens = &self.tokens;
-        let mut a = Choose {
-            logits,
-            keys: self.inputs.keys(),
-            temperatures: self.inputs.temperatures(),
-            parts: self.ensure(&mut workspace, outputs * each * 8)?,
-            best: tokens.best.at(),
-            gathered: tokens.gathered.as_ref().map_or(0, Memory::at),
-            tokens: if alone || pushed.is_some() { tokens.device.at() } else { 0 },
-            host: tokens.host(),
-            side: self.inputs.side(),
-            calls,
-            stop: pushed.map_or(0, OneShot::stop_words),
-            slots,
-            vocab: vocab as i32,
-            first: first as i32,
-            rank: self.comm.rank() as i32,
-            world: self.comm.world() as i32,
-            slot_rows: TOKEN_ROWS as i32,
-            host_rows: tokens.rows() as i32,
-        };
-        let launch = Launch { grid: (each, outputs, 1), block: 256, ..Launch::default() };
-        self.kernels.launch(parts, launch, arguments![a])?;
-        let join = self.kernels.get(&source::CHOOSE, "choose_join", &[])?;
-        self.kernels.launch(join, Launch::new(outputs, 32), arguments![a])?;
-        let (Reduce::Nccl(nccl), None) = (&self.reduce, pushed) else { return Ok(()) };
-        nccl.all_gather(a.best, a.gathered, outputs * 8, self.gpu.stream().cast())?;
-        a.tokens = tokens.device.at();
-        let ranks = self.kernels.get(&source::CHOOSE, "choose_ranks", &[])?;
-        self.kernels.launch(ranks, Launch::new(outputs, 32), arguments![a])
-    }
-
     /// Waits for the step and brings `bytes` bytes at `at` to page-locked memory.
     fn fetch(&mut self, at: u64, bytes: usize) -> Result<()> {
         self.gpu.attach()?;
@@ -239,7 +84,7 @@ impl CudaBackend {
     }
 
     /// Memory of at least `bytes`, grown where it is smaller; never inside a graph.
-    fn ensure(&self, slot: &mut Option<Memory>, bytes: usize) -> Result<u64> {
+    pub(super) fn ensure(&self, slot: &mut Option<Memory>, bytes: usize) -> Result<u64> {
         if slot.as_ref().is_none_or(|m| m.bytes() < bytes) {
             *slot = None;
             self.attention.generation.set(self.attention.generation.get() + 1);
@@ -247,28 +92,6 @@ impl CudaBackend {
         }
         slot.as_ref().map(Memory::at).ok_or_else(|| Error::Internal("a workspace that is not there".into()))
     }
-}
-
-/// (row, head) pairs of a CTA of the absorbing products, of `pairs` in all: of few pairs more CTAs, of many fewer that read
-/// the same weights.
-fn product_tile(pairs: usize, query: bool) -> usize {
-    match pairs {
-        ..=1024 => 16,
-        ..=8192 if !query => 32,
-        _ => 64,
-    }
-}
-
-/// The constants of the absorbing products.
-pub fn absorb_constants(shape: &AttentionShape, interleave: bool, tile: usize) -> [(&'static str, i64); 6] {
-    let dims = [("DN", shape.nope), ("DR", shape.rope), ("DC", shape.latent), ("DV", shape.value)];
-    let [dn, dr, dc, dv] = dims.map(|(name, dim)| (name, dim as i64));
-    [dn, dr, dc, dv, ("INTERLEAVE", i64::from(interleave)), ("TILE", tile as i64)]
-}
-
-/// The constants of the latents' norms and append, for latents of these widths.
-pub fn latent_constants(q: usize, latent: usize, rope: usize, interleave: bool) -> [(&'static str, i64); 4] {
-    [("Q", q as i64), ("DC", latent as i64), ("DR", rope as i64), ("INTERLEAVE", i64::from(interleave))]
 }
 
 impl Backend for CudaBackend {
@@ -852,68 +675,5 @@ impl Backend for CudaBackend {
             self.comm.guard(None);
         }
         self.comm
-    }
-}
-
-/// Test access to what the trait has no need of.
-impl CudaBackend {
-    /// Writes `rows·cols` values into a tensor, rounded to its type.
-    pub fn write(&self, x: &mut Tensor, values: &[f32]) -> Result<()> {
-        expect(values.len() <= x.rows * x.cols, || format!("{} values into {}", values.len(), x.rows * x.cols))?;
-        match x.element {
-            Element::F32 => self.gpu.upload(x.at(), bytes_of(values))?,
-            Element::Bf16 => {
-                let bits: Vec<u16> = values.iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect();
-                self.gpu.upload(x.at(), bytes_of(&bits))?;
-            }
-        }
-        self.gpu.synchronize()
-    }
-
-    /// A matrix `[rows, cols]` from host memory, rounded to bf16.
-    pub fn matrix_of(&self, values: &[f32], cols: usize) -> Result<Matrix> {
-        let bits: Vec<u16> = values.iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect();
-        let memory = Memory::uninit(&self.gpu, bits.len() * 2)?;
-        self.gpu.upload(memory.at(), bytes_of(&bits))?;
-        self.gpu.synchronize()?;
-        Ok(Matrix { memory, rows: values.len() / cols.max(1), cols })
-    }
-
-    /// A matrix's values.
-    pub fn read_matrix(&self, matrix: &Matrix) -> Result<Vec<f32>> {
-        reduce::read(&self.gpu, matrix.memory.at(), matrix.rows * matrix.cols, Element::Bf16)
-    }
-
-    /// Experts from host memory, bf16 bits as [`ExpertSlices`] has them.
-    pub fn experts_of(&self, gate_up: &[Vec<u16>], down: &[Vec<u16>], hidden: usize, moe: &Moe) -> Result<Experts> {
-        Experts::from_host(&self.gpu, &self.kernels, gate_up, down, hidden, moe)
-    }
-
-    /// Fills a cache with bytes: NaN from 0xff.
-    pub fn poison(&self, cache: &mut Cache, byte: u8) -> Result<()> {
-        self.gpu.fill(cache.memory.at(), byte, cache.memory.bytes())
-    }
-
-    /// A cache as it lies in memory, bf16.
-    pub fn cache_bits(&self, cache: &Cache) -> Result<Vec<u16>> {
-        let mut bits = vec![0u16; cache.memory.bytes() / 2];
-        self.gpu.download(cache.memory.at(), bytes_of_mut(&mut bits))?;
-        self.gpu.synchronize()?;
-        Ok(bits)
-    }
-
-    /// Fills a tensor with bytes.
-    pub fn poison_tensor(&self, x: &mut Tensor, byte: u8) -> Result<()> {
-        self.gpu.fill(x.at(), byte, x.memory.bytes())
-    }
-
-    /// What a routing chose: ids and weights, `[rows, top_k]`.
-    pub fn read_routing(&self, routing: &Routing, rows: usize) -> Result<(Vec<u32>, Vec<f32>)> {
-        let mut ids = vec![0u32; rows * routing.top_k];
-        let mut weights = vec![0f32; rows * routing.top_k];
-        self.gpu.download(routing.ids(), bytes_of_mut(&mut ids))?;
-        self.gpu.download(routing.weights(), bytes_of_mut(&mut weights))?;
-        self.gpu.synchronize()?;
-        Ok((ids, weights))
     }
 }
