@@ -228,7 +228,7 @@ DEVICE void issue_s(const Consumer& c, float (&s)[32], u32 g) {
     u32 panel = panel_at(c.w, i);
     mbar_wait(c.smem + BAR_FULL(c.w, panel), (g >> 1) & 1);
     wgmma_fence();
-    u64 a = desc(DESC_K, c.smem + SM_Q + panel * PANEL), b = desc(DESC_K, kv + panel * PANEL);
+    u64 a = matrix(c.smem + SM_Q + panel * PANEL), b = matrix(kv + panel * PANEL);
 #pragma unroll
     for (int k = 0; k < 4; k++) wgmma_qk(s, a + 2 * k, b + 2 * k, i + k != 0);
     wgmma_commit();
@@ -305,7 +305,7 @@ DEVICE void softmax(Consumer& c, float (&s)[32], float (&o)[128], u32 (&a)[16], 
 
 // O += P V, this warpgroup's own P from registers.
 DEVICE void issue_own(const Consumer& c, float (&o)[128], const u32 (&a)[16]) {
-  u64 b = desc(DESC_MN, c.smem + SM_KV + c.w * TILE_BYTES + 4 * c.w * PANEL);
+  u64 b = turned_matrix(c.smem + SM_KV + c.w * TILE_BYTES + 4 * c.w * PANEL);
   settle(o);
   wgmma_fence();
 #pragma unroll
@@ -316,7 +316,7 @@ DEVICE void issue_own(const Consumer& c, float (&o)[128], const u32 (&a)[16]) {
 // O += P V, the other warpgroup's P from its buffer's rope panel.
 DEVICE void issue_other(const Consumer& c, float (&o)[128]) {
   u32 kv = c.smem + SM_KV + (c.w ^ 1) * TILE_BYTES;
-  u64 a = desc(DESC_K, kv + 8 * PANEL), b = desc(DESC_MN, kv + 4 * c.w * PANEL);
+  u64 a = matrix(kv + 8 * PANEL), b = turned_matrix(kv + 4 * c.w * PANEL);
   settle(o);
   wgmma_fence();
 #pragma unroll

@@ -1,5 +1,6 @@
 // Absorb decode attention for Hopper, for sequences of few query rows (SQ x HEADS, at
-// most 32): limited by memory alone. This text follows absorb_work.cu. Needs sm_90a.
+// most 32): limited by memory alone. This text follows absorb_work.cu and wgmma.cu.
+// Needs sm_90a.
 //
 // Here a block's 64 tokens are wgmma's 64 rows and the queries its N columns, so that
 // no row of a product is padding:
@@ -14,7 +15,7 @@
 // the next block is multiplied together with P V of this one. (B = 64, L = 8192 on an
 // H200, beside absorb_decode: 143.4 against 147.7 us with 8 heads, 146.2 against 148.0
 // with 16, 150.4 against 153.9 with 32; in GLM-4.7-Flash's step at W = 2, with one
-// sequence, 6 % less. With 19 panels 161 us, with 22 as with 25.)
+// sequence, 6 % less. With 10 heads 144 us, 161 with a ring of 19 panels, 144 of 22.)
 
 constexpr int N = ROWS <= 8 ? 8 : ROWS <= 16 ? 16 : 32;
 constexpr int COLS = N / 4;                      // of S and O that a lane has: 8 j + 2 (lane % 4) + e is number 2 j + e
@@ -37,40 +38,11 @@ static_assert(SLOTS > 2 * PANELS && FEW_SMEM <= 227 * 1024, "two blocks must fit
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 
-// ---- wgmma: d[64 x N] (+)= a b, b[N x 16] K-major in shared memory; a[64 x 16] there too: K-major, or where
-// Turned its transpose [16 x 64], as the value columns of 16 tokens lie ----
-
-#define ACC4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
-#define LIST_8 "%0, %1, %2, %3"
-#define LIST_16 LIST_8 ", %4, %5, %6, %7"
-#define LIST_32 LIST_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define WGMMA(n, list, a, b, p, turned) \
-  "{\n .reg .pred p;\n setp.ne.b32 p, %" p ", 0;\n wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" list "}, %" a ", %" b ", p, 1, 1, %" turned ", 0;\n}"
-template <bool Turned>
-DEVICE void wgmma(float (&d)[4], u64 a, u64 b, int accumulate) {
-  asm volatile(WGMMA("8", LIST_8, "4", "5", "6", "7") : ACC4(0) : "l"(a), "l"(b), "r"(accumulate), "n"(Turned));
-}
-template <bool Turned>
-DEVICE void wgmma(float (&d)[8], u64 a, u64 b, int accumulate) {
-  asm volatile(WGMMA("16", LIST_16, "8", "9", "10", "11")
-               : ACC4(0), ACC4(4)
-               : "l"(a), "l"(b), "r"(accumulate), "n"(Turned));
-}
-template <bool Turned>
-DEVICE void wgmma(float (&d)[16], u64 a, u64 b, int accumulate) {
-  asm volatile(WGMMA("32", LIST_32, "16", "17", "18", "19")
-               : ACC4(0), ACC4(4), ACC4(8), ACC4(12)
-               : "l"(a), "l"(b), "r"(accumulate), "n"(Turned));
-}
 // Keeps the compiler from moving uses of accumulators across a wait or a fence.
 template <int Sums>
 DEVICE void settle(float (&sums)[Sums][2 * COLS]) {
 #pragma unroll
-  for (int c = 0; c < Sums; c++) {
-    float(&d)[2 * COLS] = sums[c];
-#pragma unroll
-    for (int i = 0; i < 2 * COLS; i += 4) asm volatile("" : ACC4(i)::"memory");
-  }
+  for (int i = 0; i < Sums; i++) settle(sums[i]);
 }
 
 // ---- the ring: the panels of all blocks, end to end ----
@@ -162,7 +134,7 @@ DEVICE void issue_s(const Consumer& c, float (&s)[CHAINS][2 * COLS], const Place
   for (int i = 0; i < PANELS; i++) {
     mbar_wait(place.full(i), place.parity(i));
     wgmma_fence();
-    const u64 a = desc(DESC_K, place.panel(i)), b = desc(DESC_K, c.smem + i * Q_PANEL);
+    const u64 a = matrix(place.panel(i)), b = matrix(c.smem + i * Q_PANEL);
 #pragma unroll
     for (int k = 0; k < 4; k++) wgmma<false>(s[(i * 4 + k) % CHAINS], a + 2 * k, b + 2 * k, i * 4 + k >= CHAINS);
   }
@@ -171,14 +143,14 @@ DEVICE void issue_s(const Consumer& c, float (&s)[CHAINS][2 * COLS], const Place
 
 // O += V^T P of a block.
 DEVICE void issue_o(const Consumer& c, float (&o)[VALUES][2 * COLS], const Place& place) {
-  const u64 b = desc(DESC_K, c.smem + SM_P);
+  const u64 b = matrix(c.smem + SM_P);
   settle(o);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 4; k++)
 #pragma unroll
     for (int i = 0; i < VALUES; i++)
-      wgmma<true>(o[i], desc(DESC_MN, place.panel(i)) + k * (2048 >> 4), b + 2 * k, 1);
+      wgmma<true>(o[i], turned_matrix(place.panel(i)) + k * (2048 >> 4), b + 2 * k, 1);
   wgmma_commit();
 }
 

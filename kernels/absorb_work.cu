@@ -34,11 +34,8 @@ struct AbsorbParams {
   float scale;
 };
 
-// Matrix descriptors, 128-byte swizzle. K-major: 8-row groups 1024 bytes apart.
-// MN-major: 64-column panels 8 KiB apart, groups of 8 k 1024 bytes apart.
-#define DESC_K ((1ull << 62) | (64ull << 32) | (1ull << 16))
-#define DESC_MN ((1ull << 62) | (64ull << 32) | ((u64)(PANEL / 16) << 16))
-DEVICE u64 desc(u64 kind, u32 addr) { return kind | (u64)(addr >> 4); }
+// As common.cuh's matrix, but MN-major: 64-column panels 8 KiB apart, groups of 8 k 1024 bytes apart.
+DEVICE u64 turned_matrix(u32 addr) { return (1ull << 62) | (64ull << 32) | ((u64)(PANEL / 16) << 16) | (u64)(addr >> 4); }
 
 // A team's work: the blocks of its run, a sequence at a time.
 struct Segment {

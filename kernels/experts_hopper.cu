@@ -1,5 +1,5 @@
 // The chosen experts' products for Hopper, from one row to a prefill chunk. This
-// text follows experts.cu, whose parameters and sum it shares.
+// text follows experts.cu, whose parameters and sum it shares, and wgmma.cu.
 //
 // Up to 64 tokens are wgmma's 64 rows and weights its columns, so that a pass takes any
 // number of 32-row weight tiles; up to 8 tokens are its columns and weights its rows,
@@ -51,36 +51,6 @@ constexpr int UP_BYTES = PLAN_AT(UP_SLOTS) + PLAN, DOWN_BYTES = PLAN_AT(DOWN_SLO
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 
-// ---- wgmma: d[64 x N] (+)= a[64 x 16] b[N x 16]^T, both K-major in shared memory ----
-
-#define ACC4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
-#define ACC16(i) ACC4(i), ACC4((i) + 4), ACC4((i) + 8), ACC4((i) + 12)
-#define LIST_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define LIST_1 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LIST_2 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define LIST_3 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-
-#define WGMMA(n, list, a, b, p) \
-  "{\n .reg .pred p;\n setp.ne.b32 p, %" p ", 0;\n wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" list "}, %" a ", %" b ", p, 1, 1, 0, 0;\n}"
-DEVICE void wgmma(float (&d)[4], u64 a, u64 b, int accumulate) {
-  asm volatile(WGMMA("8", "%0, %1, %2, %3", "4", "5", "6") : ACC4(0) : "l"(a), "l"(b), "r"(accumulate));
-}
-DEVICE void wgmma(float (&d)[32], u64 a, u64 b, int accumulate) {
-  asm volatile(WGMMA("64", LIST_0 ", " LIST_1, "32", "33", "34")
-               : ACC16(0), ACC16(16)
-               : "l"(a), "l"(b), "r"(accumulate));
-}
-DEVICE void wgmma(float (&d)[64], u64 a, u64 b, int accumulate) {
-  asm volatile(WGMMA("128", LIST_0 ", " LIST_1 ", " LIST_2 ", " LIST_3, "64", "65", "66")
-               : ACC16(0), ACC16(16), ACC16(32), ACC16(48)
-               : "l"(a), "l"(b), "r"(accumulate));
-}
-// Keeps the compiler from moving uses of accumulators across a wait or a fence.
-template <int N>
-DEVICE void settle(float (&d)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i += 4) asm volatile("" : ACC4(i)::"memory");
-}
 // ---- this CTA's passes, in an order that all its warps repeat ----
 
 // Where the plan is: in global memory, or this CTA's copy.

@@ -30,11 +30,11 @@ pub struct Source {
 }
 
 macro_rules! sources {
-    ($($(#[$doc:meta])* $konst:ident = $name:literal $(after $before:literal)? $(exports $($export:literal)*)? $(on $hopper:ident)?;)*) => {
+    ($($(#[$doc:meta])* $konst:ident = $name:literal $(after $($before:literal)+)? $(exports $($export:literal)*)? $(on $hopper:ident)?;)*) => {
         $($(#[$doc])* pub const $konst: Source = Source {
             name: $name,
             text: concat!(
-                $(include_str!(concat!("../../../kernels/", $before, ".cu")),)?
+                $($(include_str!(concat!("../../../kernels/", $before, ".cu")),)+)?
                 include_str!(concat!("../../../kernels/", $name, ".cu"))
             ),
             exports: &[$($($export),*)?],
@@ -58,7 +58,7 @@ pub mod source {
         /// Latent decode attention on Hopper.
         ABSORB_DECODE = "absorb_decode" after "absorb_work" exports "THREADS" "SMEM_BYTES" "ROW_TILES" on hopper;
         /// Latent decode attention of few query rows on Hopper.
-        ABSORB_DECODE_FEW = "absorb_decode_few" after "absorb_work" exports "FEW_THREADS" "FEW_SMEM" on hopper;
+        ABSORB_DECODE_FEW = "absorb_decode_few" after "absorb_work" "wgmma" exports "FEW_THREADS" "FEW_SMEM" on hopper;
         /// Latent decode attention elsewhere.
         ABSORB_DECODE_PORTABLE = "absorb_decode_portable" exports "THREADS" "SMEM_BYTES" "ROW_TILES";
         /// The work split of grouped decode attention.
@@ -88,13 +88,13 @@ pub mod source {
         /// The gate of an MLP.
         SILU_MUL = "silu_mul";
         /// Products of few rows.
-        GEMV = "gemv" exports "GEMV_THREADS" "GEMV_SMEM";
+        GEMV = "gemv" after "skinny" exports "GEMV_THREADS" "GEMV_SMEM";
         /// Products of some more rows on Hopper.
         STREAM_PRODUCT = "stream_product" exports "STREAM_THREADS" "STREAM_SMEM" on hopper;
         /// The chosen experts.
-        EXPERTS = "experts" exports "UP_SMEM" "DOWN_SMEM" "EXPERTS_THREADS";
+        EXPERTS = "experts" after "skinny" exports "UP_SMEM" "DOWN_SMEM" "EXPERTS_THREADS";
         /// The chosen experts on Hopper.
-        EXPERTS_HOPPER = "experts_hopper" after "experts" exports "UP_BYTES" "DOWN_BYTES" "HOPPER_THREADS" on hopper;
+        EXPERTS_HOPPER = "experts_hopper" after "skinny" "experts" "wgmma" exports "UP_BYTES" "DOWN_BYTES" "HOPPER_THREADS" on hopper;
         /// Experts' weights as Hopper's products want them.
         EXPERTS_TILE = "experts_tile";
         /// The choice of experts.

@@ -156,7 +156,7 @@ impl CudaBackend {
         {
             return Ok(false);
         }
-        let constants = [("ROWS", rows.next_power_of_two() as i64), ("PAIR", 1)];
+        let constants = [("ROWS", FEW as i64), ("PAIR", 1)];
         let f = self.kernels.get(&source::GEMV, "gemv_pair", &constants)?;
         let [threads, shared, _] = f.exports();
         let [a, b] = [0, 1].map(|i| gemv(weights[i], shapes[i].0, None, (xs[i], rows), outs[i]));
